@@ -1,0 +1,110 @@
+"""Where a backbone can be cached, and the one way in which l2c gets hold of it.
+
+Only this file knows the names of a backbone's parts. An anchor is a callable attribute of a
+module that computes one cacheable output with everything that only this output needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+Call = Callable[..., Any]
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the blocks of one backbone class are laid out.
+
+    Args:
+        containers: Names of the module lists that hold the blocks, in calling order.
+        anchors: Site name within a block -> the block's method that computes its output.
+    """
+
+    containers: tuple[str, ...]
+    anchors: Mapping[str, str]
+
+
+FAMILIES: dict[str, Family] = {
+    "DiT": Family(("blocks",), {"attn": "attention", "mlp": "feedforward"}),
+}
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The attribute of `module` that computes the output of the site called `name`."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+
+
+def anchors(model: nn.Module) -> tuple[Anchor, ...]:
+    """The cacheable calls of a model, in calling order.
+
+    Raises:
+        ValueError: If the class of the model is not known, or nothing in it matched.
+    """
+    name = type(model).__name__
+    if name not in FAMILIES:
+        raise ValueError(
+            f"no sites are declared for {name}; known backbones are {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[name]
+    found = [
+        Anchor(f"{container}.{i}.{site}", block, attribute)
+        for container in family.containers
+        for i, block in enumerate(model.get_submodule(container).children())
+        for site, attribute in family.anchors.items()
+        if hasattr(block, attribute)
+    ]
+    if not found:
+        raise ValueError(f"no site matched in this {name}: it has no blocks")
+    return tuple(found)
+
+
+@contextmanager
+def attached(
+    model: nn.Module,
+    wrap_site: Callable[[int, Call], Call],
+    wrap_forward: Callable[[Call], Call] | None = None,
+) -> Iterator[None]:
+    """Route a model's cacheable calls through wrappers; on exit the model is as it was.
+
+    Args:
+        model: The model; its class decides the sites.
+        wrap_site: `wrap_site(index, call)` returns what stands in for the call of site `index`.
+        wrap_forward: The same for the model's own forward.
+
+    Raises:
+        ValueError: If the model is attached to already.
+    """
+    if "_l2c_attached" in model.__dict__:
+        raise ValueError(
+            f"this {type(model).__name__} is cached or recorded already; leave the other "
+            "`with` block first"
+        )
+    targets = [(a.module, a.attribute) for a in anchors(model)]
+    wrappers = [wrap_site(i, getattr(*target)) for i, target in enumerate(targets)]
+    if wrap_forward is not None:
+        targets.append((model, "forward"))
+        wrappers.append(wrap_forward(model.forward))
+    before = [module.__dict__.get(attribute, _ABSENT) for module, attribute in targets]
+    model.__dict__["_l2c_attached"] = True
+    try:
+        for (module, attribute), wrapper in zip(targets, wrappers, strict=True):
+            module.__dict__[attribute] = wrapper
+        yield
+    finally:
+        for (module, attribute), original in zip(targets, before, strict=True):
+            if original is _ABSENT:
+                module.__dict__.pop(attribute, None)
+            else:
+                module.__dict__[attribute] = original
+        del model.__dict__["_l2c_attached"]

@@ -1,0 +1,112 @@
+"""Execution of a plan on a model: the only state is here, and it ends with the `with` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from l2c.attach import Call, attached
+from l2c.plan import Plan
+from l2c.site import sites
+
+
+class Cache:
+    """The kept outputs of one generation, and the evaluation that comes next.
+
+    Args:
+        plan: What each evaluation computes.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.outputs: dict[int, Any] = {}
+        self.evaluation = 0
+        self._running = False
+        self._shape: tuple[int, ...] | None = None
+
+    def reset(self) -> None:
+        """Forget everything and start at evaluation 0: call it between generations."""
+        self.outputs.clear()
+        self.evaluation = 0
+        self._running = False
+        self._shape = None
+
+    def wrap_forward(self, forward: Call) -> Call:
+        """Count the model's calls as evaluations."""
+
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            self._begin(next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None))
+            out = forward(*args, **kwargs)
+            self._running = False
+            self.evaluation += 1
+            return out
+
+        return evaluate
+
+    def _begin(self, latents: Tensor | None) -> None:
+        if self._running:
+            raise ValueError(
+                f"evaluation {self.evaluation} of this generation was interrupted by an error; "
+                "call cache.reset() and start the generation again"
+            )
+        if self.evaluation >= len(self.plan):
+            raise ValueError(
+                f"the plan has {len(self.plan)} evaluations and the model was called once more; "
+                "call cache.reset() between generations, or use a plan of the right length"
+            )
+        shape = None if latents is None else tuple(latents.shape)
+        if self.evaluation and shape != self._shape:
+            raise ValueError(
+                f"expected inputs of shape {self._shape} as in evaluation 0, got {shape} in "
+                f"evaluation {self.evaluation}; call cache.reset() to start another generation"
+            )
+        self._shape = shape
+        self._running = True
+
+    def wrap_site(self, index: int, call: Call) -> Call:
+        """Compute the site or give its kept output, as the plan says for this evaluation."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.plan.compute[self.evaluation][index]:
+                out = call(*args, **kwargs)
+                if self.plan.held[self.evaluation][index]:
+                    self.outputs[index] = out
+                return out
+            if self.plan.held[self.evaluation][index]:
+                return self.outputs[index]
+            return self.outputs.pop(index)  # nothing reads it again
+
+        return run
+
+
+@contextmanager
+def cached(model: nn.Module, plan: Plan) -> Iterator[Cache]:
+    """Run a model by a plan inside a `with` block; on exit, also by an error, it is as before.
+
+    Every call of the model is one evaluation of the plan. One generation runs at a time; call
+    `reset()` on the yielded cache before the next one.
+
+    Args:
+        model: A backbone whose sites are the plan's.
+        plan: What each evaluation computes.
+
+    Raises:
+        ValueError: If the plan is for other sites, or the model is cached already.
+    """
+    here = sites(model)
+    if here.names != plan.sites.names:
+        raise ValueError(
+            f"expected a plan for the {len(here)} sites {here[0].name} to "
+            f"{here[len(here) - 1].name} of this {type(model).__name__}, got one for "
+            f"{len(plan.sites)} sites {plan.sites[0].name} to "
+            f"{plan.sites[len(plan.sites) - 1].name}"
+        )
+    cache = Cache(plan)
+    try:
+        with attached(model, cache.wrap_site, cache.wrap_forward):
+            yield cache
+    finally:
+        cache.outputs.clear()

@@ -1,0 +1,74 @@
+"""Which model a router belongs to: class, configuration and a fingerprint of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+_known: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A backbone's class, configuration and weights.
+
+    Args:
+        backbone: Name of the class.
+        config: Its constructor's arguments.
+        weights: Fingerprint of the state dict, see `fingerprint`.
+    """
+
+    backbone: str
+    config: Mapping[str, Any]
+    weights: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Identity:
+        """Identify a model."""
+        config: Any = model.config
+        return cls(type(model).__name__, dict(config), fingerprint(model))
+
+    def differences(self, other: Identity) -> list[str]:
+        """What differs, a line each; empty if equal."""
+        if self.backbone != other.backbone:
+            return [f"backbone: expected {self.backbone}, got {other.backbone}"]
+        lines = [
+            f"{key}: expected {self.config.get(key)!r}, got {other.config.get(key)!r}"
+            for key in sorted({*self.config, *other.config})
+            if self.config.get(key) != other.config.get(key)
+        ]
+        if not lines and self.weights != other.weights:
+            lines = [f"weights: expected {self.weights[:12]}, got {other.weights[:12]}"]
+        return lines
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and bfloat16 values of a state dict.
+
+    Rounding to bfloat16 makes a model loaded in float32 and the same in bfloat16 equal. The
+    result is remembered until a weight changes.
+    """
+    state = model.state_dict(keep_vars=True)
+    try:
+        # In-place changes raise a tensor's version; inference tensors have none to ask for.
+        stamp: Any = tuple((v.data_ptr(), v._version, v.dtype) for v in state.values())
+    except RuntimeError:
+        stamp = None
+    if stamp is not None and model in _known and _known[model][0] == stamp:
+        return _known[model][1]
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        if value.is_floating_point():
+            value = value.to(torch.bfloat16).view(torch.int16)
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    if stamp is not None:
+        _known[model] = (stamp, digest.hexdigest())
+    return digest.hexdigest()

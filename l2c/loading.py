@@ -1,0 +1,128 @@
+"""Loading backbones: folders and hub ids in the hub's layout, and official checkpoints."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from l2c.dit import SIZES, DiT
+
+BACKBONES = {"DiT": DiT}
+
+
+def load(path: str | Path, **config: Any) -> Any:
+    """Load a backbone, in eval mode and with gradients off.
+
+    Args:
+        path: A folder or hub id with config.json and model.safetensors, or a file (.pt, .pth,
+            .safetensors) holding a state dict in the official DiT layout.
+        config: Settings that an official file does not tell, e.g. `num_heads` of a DiT of no
+            published size.
+
+    Raises:
+        ValueError: If nothing is there, or the weights do not fit.
+    """
+    if Path(path).is_file():
+        model = _load_official(Path(path), config)
+    else:
+        model = _load_folder(str(path), config)
+    return model.eval().requires_grad_(False)
+
+
+def _load_folder(path: str, config: dict[str, Any]) -> Any:
+    if config:
+        raise ValueError(f"{path} has its own config.json; it takes no {', '.join(config)}")
+    local = Path(path).is_dir()
+    if not local and (Path(path).is_absolute() or path.count("/") != 1 or path.startswith(".")):
+        raise ValueError(f"expected a model folder, a file or a hub id, found nothing at {path}")
+    files = {}
+    for name in ("config.json", "model.safetensors"):
+        files[name] = Path(path) / name if local else Path(hf_hub_download(path, name))
+        if not files[name].is_file():
+            raise ValueError(f"expected config.json and model.safetensors in {path}, no {name}")
+    settings = json.loads(files["config.json"].read_text())
+    name = settings.pop("_class_name", None)
+    if name not in BACKBONES:
+        raise ValueError(f"{path} holds a backbone {name!r}; known are {', '.join(BACKBONES)}")
+    with torch.device("meta"):
+        model = BACKBONES[name](**settings)
+    return _fill(model, _read_state(files["model.safetensors"]), path)
+
+
+def _fill(model: Any, state: dict[str, Tensor], path: str) -> Any:
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {path} do not fit {type(model).__name__}({model.config}): {error}"
+        ) from error
+    return model
+
+
+def _load_official(path: Path, config: dict[str, Any]) -> DiT:
+    state = _read_state(path)
+    settings = {**infer_config(state, str(path)), **config}
+    if "num_heads" not in settings:
+        raise ValueError(
+            f"{path} has hidden size {settings['hidden_size']} and depth {settings['depth']}, no "
+            f"published DiT ({', '.join(SIZES)}); give num_heads=..."
+        )
+    with torch.device("meta"):
+        model = DiT(**settings)
+    filled: DiT = _fill(model, state, str(path))
+    return filled
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no whole checkpoint of tensors alone ({str(error).splitlines()[0]})"
+        ) from error
+    state = state.get("ema", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"expected a state dict of tensors in {path}, or one under `ema`")
+    return state
+
+
+def infer_config(state: dict[str, Tensor], path: str) -> dict[str, Any]:
+    """The configuration of a DiT from the shapes in its state dict."""
+    needed = {
+        "pos_embed",
+        "x_embedder.proj.weight",
+        "y_embedder.embedding_table.weight",
+        "blocks.0.mlp.fc1.weight",
+        "final_layer.linear.weight",
+    }
+    if not needed <= state.keys():
+        raise ValueError(
+            f"expected a state dict in the official DiT layout in {path}; it lacks "
+            f"{', '.join(sorted(needed - state.keys()))}"
+        )
+    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    config: dict[str, Any] = {
+        "input_size": round(state["pos_embed"].shape[1] ** 0.5) * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": hidden,
+        "depth": depth,
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * channels * patch**2,
+    }
+    for size in SIZES.values():
+        if (size["hidden_size"], size["depth"]) == (hidden, depth):
+            config["num_heads"] = size["num_heads"]
+    return config

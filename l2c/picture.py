@@ -1,0 +1,89 @@
+"""Pictures: routers as heat maps, samples in rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from l2c.files import replacing
+from l2c.router import Router
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def router_figure(router: Router) -> Figure:
+    """The scores as a heat map, evaluations downwards, with each evaluation's compute beside it.
+
+    Sites are grouped by kind (all attention, then all MLP), in the order of the blocks.
+    Evaluations that the router does not decide about are hatched.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = [site.name.rpartition(".")[2] for site in router.sites]
+    order = sorted(range(len(kinds)), key=lambda i: (kinds.index(kinds[i]), i))
+    scores = router.scores[:, order].clone()
+    scores[~router.gated] = torch.nan
+    rows, columns = scores.shape
+    plan = router.plan()
+
+    height = min(12.0, 1.8 + 0.22 * rows)
+    figure = Figure(figsize=(min(14.0, 4.5 + 0.13 * columns), height), layout="constrained")
+    heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
+    heat.set_facecolor("0.93")
+    image = heat.imshow(scores, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    for row in (~router.gated).nonzero().flatten().tolist():
+        heat.axhspan(row - 0.5, row + 0.5, facecolor="0.93", edgecolor="0.8", hatch="////", lw=0)
+    heat.set_xlabel("site, by kind and block")
+    heat.set_ylabel("evaluation (first: most noise)")
+    starts = [i for i, k in enumerate(order) if i == 0 or kinds[k] != kinds[order[i - 1]]]
+    for start, end in zip(starts, [*starts[1:], columns], strict=True):
+        heat.text((start + end - 1) / 2, -0.9, kinds[order[start]], ha="center", va="bottom")
+        if start:
+            heat.axvline(start - 0.5, color="white", lw=1.5)
+    figure.colorbar(image, ax=heat, label=f"score (computed above {router.threshold:g})")
+    bars.barh(range(rows), [100 * share for share in plan.shares], color="0.45", height=0.8)
+    bars.set_xlim(0, 100)
+    bars.set_xlabel("computed, % of MACs")
+    bars.set_title(f"{plan.share:.0%} in all", fontsize=10)
+    figure.suptitle(f"{router.identity.backbone}, {router.schedule}", fontsize=11)
+    return figure
+
+
+def draw_router(router: Router, path: str | Path) -> None:
+    """Write the heat map of a router as a PNG."""
+    _write(router_figure(router), path)
+
+
+def draw_samples(rows: Mapping[str, Tensor], path: str | Path, titles: Sequence[str] = ()) -> None:
+    """Write images side by side as a PNG, one named row above the other.
+
+    Args:
+        rows: Name -> images [N, C, H, W] in [0, 1] with 1 or 3 channels, N the same in all rows.
+        path: Where to.
+        titles: A title per column.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(next(iter(rows.values())))
+    figure = Figure(figsize=(0.9 * count + 1.6, 1.0 * len(rows) + 0.35), layout="constrained")
+    grid: Any = figure.subplots(len(rows), count, squeeze=False)
+    for row, (name, images) in enumerate(rows.items()):
+        for column, image in enumerate(images.float().cpu().clamp(0, 1)):
+            axes = grid[row][column]
+            axes.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if row == 0 and column < len(titles):
+                axes.set_title(titles[column], fontsize=8)
+        grid[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

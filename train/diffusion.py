@@ -1,0 +1,143 @@
+"""Training of a diffusion transformer itself: how the shipped teachers were made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from l2c.noise import Noise
+from train.data import Batch
+from train.seeding import batches_done, generator
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class DiffusionTraining(L.LightningModule):
+    """Trains a noise-predicting, class-conditional transformer with learned variances.
+
+    Loss: the hybrid objective of Nichol & Dhariwal 2021 (section 3.1), as DiT was trained: the
+    error of the predicted noise, plus the variational bound of a random timestep's transition,
+    which only the predicted variance learns from.
+
+    Args:
+        backbone: The model to train.
+        optimizer: Optimizer of the backbone's parameters.
+        warmup_steps: Optimizer steps of linear warm-up; the learning rate then falls to 0 in half
+            a cosine over the rest of the training.
+        label_dropout: Share of the labels replaced by the null label, for guidance.
+        seed: Seed of noise, timesteps and dropped labels.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        warmup_steps: int = 0,
+        label_dropout: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.optimizer_factory = optimizer
+        self.warmup_steps = warmup_steps
+        self.label_dropout = label_dropout
+        self.seed = seed
+        self.noise = Noise()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, its learning rate stepped after every batch."""
+        parameters = (p for p in self.backbone.parameters() if p.requires_grad)
+        optimizer = self.optimizer_factory(parameters)
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+            rest = max(1, total - self.warmup_steps)
+            done = min(1.0, max(0, step - self.warmup_steps) / rest)
+            return warm * 0.5 * (1 + math.cos(math.pi * done))
+
+        scheduler = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """One batch at stratified random timesteps."""
+        g = generator(self.seed, batches_done(self.trainer), self.global_rank)
+        simple, bound = self.losses(batch, g)
+        self.log_dict({"train/mse": simple, "train/bound": bound}, prog_bar=True)
+        return simple + bound
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """The same losses with noise that is the same in every validation."""
+        simple, bound = self.losses(batch, generator(self.seed, 1, batch_index))
+        self.log_dict({"val/mse": simple, "val/bound": bound, "val/loss": simple + bound})
+
+    def losses(self, batch: Batch, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise error and variational bound (bits per dimension times timesteps / 1000)."""
+        clean, labels = batch["latents"], batch["labels"]
+        size, device = len(clean), clean.device
+        # One timestep from each of `size` equal strata: less variance than independent ones.
+        strata = (torch.arange(size) + torch.rand(size, generator=g)) / size
+        t = (strata * self.noise.timesteps).long().to(device)
+        eps = torch.randn(clean.shape, generator=g).to(device)
+        dropped = (torch.rand(size, generator=g) < self.label_dropout).to(device)
+        labels = labels.masked_fill(dropped, self.backbone.null_label)
+        noisy = self.noise.add(clean, eps, t)
+        output = self.backbone(noisy, t, labels).float()
+        predicted, variance = output.chunk(2, dim=1)
+        simple = (predicted - eps).square().mean()
+        bound = self.bound(clean, noisy, t, predicted.detach(), variance).mean()
+        return simple, bound * self.noise.timesteps / 1000
+
+    def bound(self, clean: Tensor, noisy: Tensor, t: Tensor, eps: Tensor, v: Tensor) -> Tensor:
+        """Bits per dimension of q(x_{t-1} | x_t, x_0) under the model's transition, shape [B].
+
+        `v` in [-1, 1] interpolates the log variance between its bounds (Improved DDPM, eq. 15).
+        """
+        acp = self.noise.alphas_cumprod
+        beta = self.noise.beta
+        before = torch.cat([acp.new_ones(1), acp[:-1]])
+        posterior = beta * (1 - before) / (1 - acp)
+        posterior[0] = posterior[1] if len(posterior) > 1 else beta[0]
+        table = torch.stack(
+            [
+                beta.log(),
+                posterior.log(),
+                before.sqrt() * beta / (1 - acp),
+                (1 - beta).sqrt() * (1 - before) / (1 - acp),
+                (1 / acp).sqrt(),
+                (1 / acp - 1).sqrt(),
+            ]
+        )
+        at = table[:, t.cpu()].float().to(clean.device)[:, :, None, None, None]
+        log_beta, log_posterior, from_clean, from_noisy, scale, sigma = at
+        true_mean = from_clean * clean + from_noisy * noisy
+        mean = from_clean * (scale * noisy - sigma * eps) + from_noisy * noisy
+        fraction = (v + 1) / 2
+        log_variance = fraction * log_beta + (1 - fraction) * log_posterior
+        divergence = 0.5 * (
+            log_variance
+            - log_posterior
+            - 1
+            + (log_posterior - log_variance).exp()
+            + (true_mean - mean).square() * (-log_variance).exp()
+        )
+        decoder = -discretized_log_likelihood(clean, mean, 0.5 * log_variance)
+        nats = torch.where((t == 0)[:, None, None, None], decoder, divergence)
+        return nats.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log probability of values on the grid of 8-bit images in [-1, 1] under a Gaussian."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    centred, inverse = x - mean, (-log_scale).exp()
+    upper = normal.cdf((centred + 1 / 255) * inverse)
+    lower = normal.cdf((centred - 1 / 255) * inverse)
+    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp_min(1e-12).log()
