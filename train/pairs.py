@@ -16,8 +16,17 @@ from train.gates import gated
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A gated evaluation: its row, the model's inputs there, and the outputs to reuse."""
+
+    row: int
+    inputs: tuple[Tensor, Tensor, Tensor]
+    outputs: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
 class PairLoss:
-    """The two terms of one pair, and how many gates were open in the soft sense."""
+    """The two terms of the objective for one pair."""
 
     error: Tensor
     penalty: Tensor
@@ -69,6 +78,41 @@ class Pairs:
         rows = torch.arange(len(schedule))
         return ((len(schedule) - 1 - rows) % 2 == 0) & (rows > 0)
 
+    def draw(
+        self,
+        model: Any,
+        schedule: Schedule,
+        batch: Batch,
+        g: torch.Generator,
+        row: int | None = None,
+    ) -> Pair:
+        """Run the full evaluation of a pair and the DDIM step to the gated one.
+
+        Args:
+            model: The frozen backbone.
+            schedule: The schedule to train for.
+            batch: Clean latents and labels.
+            g: Draws pair, noise and dropped labels.
+            row: The gated evaluation, in place of a random one.
+        """
+        clean, labels = batch["latents"], batch["labels"]
+        rows = self.gated(schedule).nonzero().flatten()
+        drawn = int(rows[torch.randint(len(rows), (), generator=g)])
+        row = drawn if row is None else row
+        before, now = schedule.timesteps[row - 1], schedule.timesteps[row]
+        noise = torch.randn(clean.shape, generator=g).to(clean.device)
+        dropped = torch.rand(len(labels), generator=g) < self.label_dropout
+        if model.null_label is not None:
+            labels = labels.masked_fill(dropped.to(labels.device), model.null_label)
+        times = torch.full((len(clean),), before, device=clean.device)
+        outputs: dict[int, Tensor] = {}
+        with torch.no_grad():
+            noisy = schedule.noise.add(clean, noise, times)
+            with gated(model, outputs, None):
+                eps = model(noisy, times, labels)[:, : clean.shape[1]].float()
+            x = ddim_step(schedule.noise, noisy, eps, before, now)
+        return Pair(row, (x, torch.full_like(times, now), labels), outputs)
+
     def loss(
         self,
         model: Any,
@@ -88,27 +132,11 @@ class Pairs:
             g: Draws pair, noise and dropped labels.
             row: The gated evaluation, in place of a random one.
         """
-        clean, labels = batch["latents"], batch["labels"]
-        rows = self.gated(schedule).nonzero().flatten()
-        drawn = int(rows[torch.randint(len(rows), (), generator=g)])
-        row = drawn if row is None else row
-        before, now = schedule.timesteps[row - 1], schedule.timesteps[row]
-        noise = torch.randn(clean.shape, generator=g).to(clean.device)
-        dropped = torch.rand(len(labels), generator=g) < self.label_dropout
-        if model.null_label is not None:
-            labels = labels.masked_fill(dropped.to(labels.device), model.null_label)
-
-        times = torch.full((len(clean),), before, device=clean.device)
-        outputs: dict[int, Tensor] = {}
+        pair = self.draw(model, schedule, batch, g, row)
         with torch.no_grad():
-            noisy = schedule.noise.add(clean, noise, times)
-            with gated(model, outputs, None):
-                eps = model(noisy, times, labels)[:, : clean.shape[1]].float()
-            x = ddim_step(schedule.noise, noisy, eps, before, now)
-            times = torch.full_like(times, now)
-            target = model(x, times, labels).float()
-        scores = weights(row)
-        with gated(model, outputs, scores):
-            student = model(x, times, labels).float()
+            target = model(*pair.inputs).float()
+        scores = weights(pair.row)
+        with gated(model, pair.outputs, scores):
+            student = model(*pair.inputs).float()
         error = (student - target).square().mean()
-        return PairLoss(error, self.penalty * scores.sum(), row)
+        return PairLoss(error, self.penalty * scores.sum(), pair.row)

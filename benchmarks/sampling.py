@@ -1,0 +1,82 @@
+"""Sampling with a router against none: measured speed-up over the one that the MACs predict.
+
+`python -m benchmarks.sampling [--device cuda]`. Both ways run in turn in one process, and each
+figure is the median of the ratios of neighbouring runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+import l2c
+from benchmarks import results
+from l2c.sampling import initial_latents
+from train.seeding import generator
+
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+ROUTERS = ("fashion_mnist_dit_ddim_20", "fashion_mnist_dit_ddim_50")
+
+
+def main() -> None:
+    """Measure the shipped routers."""
+    parser = argparse.ArgumentParser("python -m benchmarks.sampling", description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", type=int, default=9, help="pairs of runs per figure")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
+    options = parser.parse_args()
+    model = l2c.load(CHECKPOINTS / "fashion_mnist_dit").to(options.device)
+    rows = []
+    for name in ROUTERS:
+        router = l2c.Router.load(CHECKPOINTS / f"{name}.safetensors", model)
+        for batch in options.batch_sizes:
+            ratios = measure(model, router, batch, options.runs)
+            plan = router.plan()
+            speedup = statistics.median(ratios)
+            rows.append(
+                {
+                    "router": name,
+                    "batch": batch,
+                    "guidance_scale": 1.5,
+                    "share": plan.share,
+                    "predicted_speedup": plan.speedup,
+                    "measured_speedup": speedup,
+                    "measured_over_predicted": speedup / plan.speedup,
+                    "lowest": min(ratios),
+                    "highest": max(ratios),
+                    "runs": options.runs,
+                }
+            )
+            print(
+                f"{name} batch {batch:3d}: predicted {plan.speedup:.3f}x, measured "
+                f"{speedup:.3f}x ({min(ratios):.3f} to {max(ratios):.3f}), "
+                f"{speedup / plan.speedup:.1%} of predicted"
+            )
+    results.write("sampling", options.device, 0, rows=rows)
+
+
+def measure(model: l2c.DiT, router: l2c.Router, batch: int, runs: int) -> list[float]:
+    """Ratios of the time without a router to the time with it, of neighbouring runs."""
+    labels = torch.arange(batch) % model.num_classes
+    noise = initial_latents(model, batch, generator(0))
+    plan = router.plan()
+
+    def seconds(way: l2c.Plan | None) -> float:
+        start = time.perf_counter()
+        l2c.sample(model, router.schedule, labels, 1.5, plan=way, latents=noise)
+        if next(model.parameters()).is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(None), seconds(plan)  # warm up
+    rounds = tqdm(range(runs), desc=f"batch {batch}", leave=False)
+    return [seconds(None) / seconds(plan) for _ in rounds]
+
+
+if __name__ == "__main__":
+    main()

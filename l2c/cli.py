@@ -1,0 +1,169 @@
+"""The console script: `l2c show ROUTER` and `l2c sample ROUTER --model DIR --out FILE.png`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from l2c.version import __version__
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import, --help must not wait for it
+    from l2c.router import Router
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors in what the user gave are one line, with exit status 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        print(f"l2c {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("l2c", description="Look into routers and sample with them.")
+    parser.add_argument("--version", action="version", version=f"l2c {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    show = commands.add_parser("show", help="print a router: where it comes from, its plan, shares")
+    show.add_argument("router", help="router file")
+    show.add_argument("--threshold", type=float, help="in place of the router's own, in [0, 1]")
+    show.add_argument("--json", action="store_true", help="print JSON instead of text")
+    show.add_argument("--png", metavar="FILE", help="also draw the scores as a heat map")
+    show.set_defaults(run=_show)
+
+    sample = commands.add_parser("sample", help="draw samples with a router into a picture")
+    sample.add_argument("router", help="router file")
+    sample.add_argument("--model", required=True, help="model folder, hub id or official file")
+    sample.add_argument("--out", required=True, metavar="FILE.png", help="the picture")
+    sample.add_argument("--labels", help="class labels, e.g. 0,3,3 (default: the first ten)")
+    sample.add_argument("--guidance-scale", type=float, default=1.5, help="default 1.5; 1: none")
+    sample.add_argument("--guidance-channels", type=int, help="guide the first so many channels")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+    sample.add_argument("--vae", help="diffusers AutoencoderKL for latent models: folder or hub id")
+    sample.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
+    sample.add_argument(
+        "--compare", action="store_true", help="draw uncached samples of the same noise above"
+    )
+    sample.set_defaults(run=_sample)
+    return parser
+
+
+def _show(options: Any) -> None:
+    from l2c.router import Router
+
+    router = Router.load(options.router)
+    plan = router.plan(options.threshold)
+    if options.json:
+        print(json.dumps(_described(router, options.threshold), indent=2))
+    else:
+        print(_text(router, options.threshold), plan, sep="\n\n")
+    if options.png:
+        from l2c.picture import draw_router
+
+        draw_router(router, options.png)
+
+
+def _described(router: Router, threshold: float | None) -> dict[str, Any]:
+    plan = router.plan(threshold)
+    return {
+        "backbone": {
+            "class": router.identity.backbone,
+            "config": dict(router.identity.config),
+            "weights": router.identity.weights,
+        },
+        "schedule": router.schedule.to_dict(),
+        "guidance_scale": router.guidance_scale,
+        "threshold": router.threshold if threshold is None else threshold,
+        "share": plan.share,
+        "speedup": plan.speedup,
+        "shares": list(plan.shares),
+        "reused": plan.reused,
+        "unsaturated": router.unsaturated,
+        "sites": [{"name": site.name, "macs": site.macs} for site in router.sites],
+        "rest_macs": router.sites.rest,
+        "gated": router.gated.tolist(),
+        "updates": router.updates.tolist(),
+        "compute": [list(map(int, row)) for row in plan.compute],
+        "scores": router.scores.tolist(),
+        "provenance": dict(router.provenance),
+    }
+
+
+def _text(router: Router, threshold: float | None) -> str:
+    plan = router.plan(threshold)
+    gated = router.gated
+    trained = router.updates[gated]
+    guidance = "any" if router.guidance_scale is None else f"{router.guidance_scale:g}"
+    lines = {
+        "model": f"{router.identity.backbone}, weights {router.identity.weights[:12]}",
+        "schedule": str(router.schedule),
+        "guidance scale": guidance,
+        "threshold": f"{router.threshold if threshold is None else threshold:g}",
+        "compute": f"{plan.share:.1%} of the MACs, {plan.speedup:.2f}x predicted speed-up",
+        "reused": f"{plan.reused} of {int(gated.sum()) * len(router.sites)} gated outputs",
+        "unsaturated": f"{router.unsaturated:.1%} of the gated scores lie in (0.05, 0.95)",
+        "updates": f"{int(trained.min())} to {int(trained.max())} per gated evaluation"
+        if len(trained)
+        else "no evaluation is gated",
+    }
+    for key, value in router.provenance.items():
+        nested = isinstance(value, dict)
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if nested else str(value)
+        lines[key.replace("_", " ")] = text
+    width = max(map(len, lines))
+    return "\n".join(f"{key:>{width}}  {value}" for key, value in lines.items())
+
+
+def _sample(options: Any) -> None:
+    import torch
+
+    from l2c.loading import load
+    from l2c.picture import draw_samples
+    from l2c.router import Router
+    from l2c.sampling import sample
+
+    router = Router.load(options.router)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(options.model).to(device)
+    labels = list(range(min(10, model.num_classes)))
+    if options.labels:
+        try:
+            labels = [int(label) for label in options.labels.split(",")]
+        except ValueError as error:
+            raise ValueError(f"expected labels like 0,3,3, got {options.labels!r}") from error
+    vae = None
+    if options.vae:
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(options.vae).to(device)
+    elif model.in_channels not in (1, 3):
+        raise ValueError(
+            f"this model makes latents of {model.in_channels} channels; name the decoder by --vae"
+        )
+    runs = {"cached": router} if not options.compare else {"uncached": None, "cached": router}
+    rows = {}
+    for name, chosen in runs.items():
+        images = sample(
+            model,
+            router.schedule,
+            labels,
+            options.guidance_scale,
+            options.guidance_channels,
+            router=chosen,
+            generator=torch.Generator().manual_seed(options.seed),
+            vae=vae,
+            progress=True,
+        )
+        rows[name] = images if vae is not None else images / 2 + 0.5
+    draw_samples(rows, options.out, list(map(str, labels)))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
