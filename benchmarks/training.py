@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,11 @@ class Loop:
         return (target - student).square().mean() + self.objective.penalty * scores.sum()
 
 
-def seconds(work: Callable[[], Any], device: str) -> float:
-    """Time of some work, on the device's clock."""
+def timed(loop: Loop, index: int) -> tuple[float, float]:
+    """Loss and seconds of one step."""
     start = time.perf_counter()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    loss = loop.step(index)  # reads the loss, so the device is done
+    return loss, time.perf_counter() - start
 
 
 def peak(kind: str, batch: int, device: str, steps: int = 3) -> int:
@@ -123,10 +120,9 @@ def main() -> None:
     frozen, published = (Loop(kind, options.batch_size, options.device) for kind in LOOPS)
     ratios, same = [], []
     for index in tqdm(range(-2, options.steps), desc="pairs of steps"):
-        losses = []
-        slow = seconds(lambda i=index: losses.append(published.step(i + 2)), options.device)
-        fast = seconds(lambda i=index: losses.append(frozen.step(i + 2)), options.device)
-        same.append(abs(losses[0] - losses[1]) / losses[0])
+        loss, slow = timed(published, index + 2)
+        other, fast = timed(frozen, index + 2)
+        same.append(abs(loss - other) / loss)
         if index >= 0:  # the first two warm up
             ratios.append(slow / fast)
     command = [sys.executable, "-m", "benchmarks.training", "--device", options.device]

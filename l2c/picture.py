@@ -35,7 +35,7 @@ def router_figure(router: Router) -> Figure:
     figure = Figure(figsize=(min(14.0, 4.5 + 0.13 * columns), height), layout="constrained")
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
     heat.set_facecolor("0.93")
-    image = heat.imshow(scores, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    image = heat.imshow(scores.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
     for row in (~router.gated).nonzero().flatten().tolist():
         heat.axhspan(row - 0.5, row + 0.5, facecolor="0.93", edgecolor="0.8", hatch="////", lw=0)
     heat.set_xlabel("site, by kind and block")
@@ -66,16 +66,22 @@ def draw_samples(rows: Mapping[str, Tensor], path: str | Path, titles: Sequence[
         rows: Name -> images [N, C, H, W] in [0, 1] with 1 or 3 channels, N the same in all rows.
         path: Where to.
         titles: A title per column.
+
+    Raises:
+        ValueError: If the rows differ in length.
     """
     from matplotlib.figure import Figure
 
-    count = len(next(iter(rows.values())))
+    counts = sorted({len(images) for images in rows.values()})
+    if len(counts) != 1:
+        raise ValueError(f"expected rows of equal length, got {' and '.join(map(str, counts))}")
+    count = counts[0]
     figure = Figure(figsize=(0.9 * count + 1.6, 1.0 * len(rows) + 0.35), layout="constrained")
     grid: Any = figure.subplots(len(rows), count, squeeze=False)
     for row, (name, images) in enumerate(rows.items()):
         for column, image in enumerate(images.float().cpu().clamp(0, 1)):
             axes = grid[row][column]
-            axes.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             if row == 0 and column < len(titles):

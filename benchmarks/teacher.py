@@ -1,0 +1,60 @@
+"""How good the shipped teacher is: `python -m benchmarks.teacher`.
+
+Samples at several numbers of steps, recognised by the shipped classifier and compared with the
+real test images in its features.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import l2c
+from benchmarks import results
+from train.quality import Judge
+from train.seeding import generator
+
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+
+
+def main() -> None:
+    """Measure the teacher."""
+    parser = argparse.ArgumentParser("python -m benchmarks.teacher", description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
+    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    options = parser.parse_args()
+    model = l2c.load(CHECKPOINTS / "fashion_mnist_dit").to(options.device)
+    judge = Judge(CHECKPOINTS / "fashion_mnist_classifier")
+    labels = torch.arange(options.samples) % model.num_classes
+    rows = []
+    for steps in options.steps:
+        images = l2c.sample(
+            model,
+            l2c.Schedule.ddim(steps),
+            labels,
+            options.guidance_scale,
+            generator=generator(4),
+            batch_size=100,
+            progress=True,
+        ).cpu()
+        row = {
+            "steps": steps,
+            "samples": options.samples,
+            "guidance_scale": options.guidance_scale,
+            "recognised": judge.recognised(images, labels),
+            "frechet": judge.frechet(images),
+        }
+        rows.append(row)
+        print(
+            f"DDIM-{steps}: {row['recognised']:.1%} of {options.samples} samples recognised, "
+            f"Frechet distance {row['frechet']:.2f}"
+        )
+    results.write("teacher", options.device, 4, rows=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The console script, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import l2c
+from l2c.cli import main
+from tests.conftest import make_router, tiny_dit
+
+
+@pytest.fixture
+def router_file(router: l2c.Router, tmp_path: Path) -> Path:
+    router.save(tmp_path / "router.safetensors")
+    return tmp_path / "router.safetensors"
+
+
+@pytest.mark.parametrize("command", [[], ["show"], ["sample"]])
+def test_help_does_not_wait_for_pytorch(command: list[str]) -> None:
+    code = f"""
+import sys
+from l2c.cli import main
+try:
+    main({[*command, "--help"]})
+except SystemExit as stopped:
+    assert stopped.code == 0
+    assert "torch" not in sys.modules and "numpy" not in sys.modules
+"""
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "usage: l2c" in shown.stdout
+
+
+def test_show_prints_where_it_comes_from_and_the_plan(
+    router: l2c.Router, router_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(router_file)]) == 0
+    text = capsys.readouterr().out
+    assert str(router.plan()) in text
+    assert "ddim with 6 evaluations" in text
+    assert f"{router.plan().share:.1%} of the MACs" in text
+
+
+def test_show_as_json_holds_the_whole_router(
+    router: l2c.Router, router_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(router_file), "--json", "--threshold", "0.25"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    plan = router.plan(0.25)
+    assert shown["share"] == plan.share
+    assert shown["threshold"] == 0.25
+    assert shown["compute"] == [[int(c) for c in row] for row in plan.compute]
+    assert shown["schedule"] == router.schedule.to_dict()
+    assert shown["scores"] == router.scores.tolist()
+
+
+def test_show_draws_a_heat_map(router_file: Path, tmp_path: Path) -> None:
+    assert main(["show", str(router_file), "--png", str(tmp_path / "a" / "map.png")]) == 0
+    with Image.open(tmp_path / "a" / "map.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_sample_draws_cached_and_uncached_rows(
+    router_file: Path, dit_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "samples.png"
+    arguments = ["sample", str(router_file), "--model", str(dit_folder), "--out", str(out)]
+    assert main([*arguments, "--labels", "1,2,3"]) == 0
+    with Image.open(out) as picture:
+        one_row = picture.size
+    assert main([*arguments, "--labels", "1,2,3", "--compare"]) == 0
+    with Image.open(out) as picture:
+        assert picture.size[0] == one_row[0]
+        assert picture.size[1] > one_row[1]
+
+
+def test_errors_are_one_line_and_status_1(
+    dit_folder: Path, router_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "samples.png")
+    assert main(["show", str(tmp_path / "none.safetensors")]) == 1
+    assert main(["sample", str(router_file), "--model", str(tmp_path), "--out", out]) == 1
+    arguments = ["sample", str(router_file), "--model", str(dit_folder), "--out", out]
+    assert main([*arguments, "--labels", "1,b"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "found none" in lines[0]
+    assert "config.json" in lines[1]
+    assert "expected labels like 0,3,3, got '1,b'" in lines[2]
+    assert not Path(out).exists()
+
+
+def test_sample_refuses_a_router_of_other_weights(
+    dit_folder: Path,
+    schedule: l2c.Schedule,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_router(tiny_dit(seed=1), schedule).save(tmp_path / "other.safetensors")
+    arguments = ["sample", str(tmp_path / "other.safetensors"), "--model", str(dit_folder)]
+    assert main([*arguments, "--out", str(tmp_path / "samples.png")]) == 1
+    assert "weights: expected" in capsys.readouterr().err
