@@ -10,6 +10,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,20 @@ from train import machine
 from train.quality import Judge, psnr
 from train.seeding import generator
 
-Way = tuple[Schedule, Plan | None]
+
+@dataclass(frozen=True)
+class Way:
+    """One way of drawing samples.
+
+    Args:
+        share: Its share of the compute of the uncached run.
+        evaluations: Its number of model evaluations.
+        draw: `draw(labels, noise)` returns samples [B, C, H, W].
+    """
+
+    share: float
+    evaluations: int
+    draw: Callable[[Tensor, Tensor], Tensor]
 
 
 def equal_cost(router: Router) -> Schedule:
@@ -38,67 +53,62 @@ def equal_cost(router: Router) -> Schedule:
     return Schedule.of(schedule.solver, steps, **schedule.options)
 
 
+def ways(model: Any, router: Router, guidance_scale: float) -> dict[str, Way]:
+    """The uncached run, the router's, and the plain one of equal cost."""
+    full, plain = router.schedule, equal_cost(router)
+    plan = router.plan()
+
+    def way(schedule: Schedule, plan: Plan | None = None) -> Way:
+        def draw(labels: Tensor, noise: Tensor) -> Tensor:
+            return sample(model, schedule, labels, guidance_scale, plan=plan, latents=noise)
+
+        share = len(schedule) / len(full) * (1.0 if plan is None else plan.share)
+        return Way(share, len(schedule), draw)
+
+    return {
+        "uncached": way(full),
+        "router": way(full, plan),
+        f"{len(plain)} steps": way(plain),
+    }
+
+
 def compare(
-    model: Any, ways: dict[str, Way], labels: Tensor, guidance_scale: float, batch: int, seed: int
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Draw the same samples in several ways, in turn for every batch.
+    model: Any, chosen: dict[str, Way], judge: Judge | None, count: int, batch: int, seed: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Draw the same samples in several ways, in turn for every batch, and measure them.
 
     Returns:
-        The samples of each way, and its speed-up over the first way: the median over the batches
-        of the ratio of times within a batch.
+        The figures of each way, and its samples [N, C, H, W]. The speed-up is over the first way:
+        the median over the batches of the ratio of times within a batch.
     """
-    drawn: dict[str, list[Tensor]] = {name: [] for name in ways}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    evaluations = sum(len(schedule) for schedule, _ in ways.values())
-    batches = -(-len(labels) // batch)
+    labels = torch.arange(count) % model.num_classes
+    parts: dict[str, list[Tensor]] = {name: [] for name in chosen}
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    starts = range(0, count, batch)
     cuda = next(model.parameters()).is_cuda
-    with tqdm(total=batches * evaluations, desc="Comparing samples", unit="evaluation") as bar:
-        for index in range(batches):
-            part = labels[index * batch : (index + 1) * batch]
-            noise = initial_latents(model, len(part), generator(seed, 3, index))
-            for name, (schedule, plan) in ways.items():
-                start = time.perf_counter()
-                samples = sample(model, schedule, part, guidance_scale, plan=plan, latents=noise)
+    total = len(starts) * sum(way.evaluations for way in chosen.values())
+    with tqdm(total=total, desc="Comparing samples", unit="evaluation") as bar:
+        for start in starts:
+            part = labels[start : start + batch]
+            noise = initial_latents(model, len(part), generator(seed, 3, start))
+            for name, way in chosen.items():
+                begun = time.perf_counter()
+                drawn = way.draw(part, noise)
                 if cuda:
                     torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - start)
-                drawn[name].append(samples.cpu())
-                bar.update(len(schedule))
-    first = seconds[next(iter(ways))]
-    speedups = {
-        name: statistics.median(a / b for a, b in zip(first, times, strict=True))
-        for name, times in seconds.items()
-    }
-    return {name: torch.cat(parts) for name, parts in drawn.items()}, speedups
-
-
-def measure(
-    model: Any,
-    router: Router,
-    judge: Judge | None,
-    count: int,
-    guidance_scale: float,
-    batch: int,
-    seed: int,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """Figures and samples of the uncached run, the router's, and the equal-cost plain one."""
-    router.check(model, router.schedule, guidance_scale)
-    full, plain = router.schedule, equal_cost(router)
-    ways: dict[str, Way] = {
-        "uncached": (full, None),
-        "router": (full, router.plan()),
-        f"{len(plain)} steps": (plain, None),
-    }
-    labels = torch.arange(count) % model.num_classes
-    samples, speedups = compare(model, ways, labels, guidance_scale, batch, seed)
+                seconds[name].append(time.perf_counter() - begun)
+                parts[name].append(drawn.cpu())
+                bar.update(way.evaluations)
+    samples = {name: torch.cat(drawn) for name, drawn in parts.items()}
+    first = next(iter(chosen))
     figures: dict[str, dict[str, Any]] = {}
-    for name, (schedule, plan) in ways.items():
-        share = len(schedule) / len(full) * (1.0 if plan is None else plan.share)
+    for name, way in chosen.items():
+        pairs = zip(seconds[first], seconds[name], strict=True)
         figures[name] = {
-            "share": share,
-            "predicted_speedup": 1 / share,
-            "measured_speedup": speedups[name],
-            "psnr": None if name == "uncached" else psnr(samples[name], samples["uncached"]),
+            "share": way.share,
+            "predicted_speedup": 1 / way.share,
+            "measured_speedup": statistics.median(a / b for a, b in pairs),
+            "psnr": None if name == first else psnr(samples[name], samples[first]),
         }
         if judge is not None:
             figures[name]["frechet"] = judge.frechet(samples[name])
@@ -150,14 +160,10 @@ def main(arguments: list[str] | None = None) -> None:
     model = l2c.load(options.model).to(options.device)
     router = Router.load(options.router, model)
     judge = Judge(options.judge) if options.judge else None
-    figures, samples = measure(
-        model,
-        router,
-        judge,
-        options.samples,
-        options.guidance_scale,
-        options.batch_size,
-        options.seed,
+    router.check(guidance_scale=options.guidance_scale)
+    chosen = ways(model, router, options.guidance_scale)
+    figures, samples = compare(
+        model, chosen, judge, options.samples, options.batch_size, options.seed
     )
     out = Path(options.out)
     draw_router(router, out / "router.png")
