@@ -18,6 +18,7 @@ from train.heatmap import HeatMap
 from train.interrupt import Interrupt
 from train.module import RouterTraining
 from train.pairs import Pairs
+from train.progress import StepProgress
 from train.teacher_samples import TeacherSamples
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Interrupt",
     "Pairs",
     "RouterTraining",
+    "StepProgress",
     "TeacherSamples",
 ]
 

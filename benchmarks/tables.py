@@ -1,0 +1,137 @@
+"""The tables in the documents, from benchmarks/results: `python -m benchmarks.tables` fills them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import FOLDER
+from l2c.files import replacing
+from train.report import LABELS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "checkpoints" / "README.md")
+
+
+def results(name: str) -> dict[str, Any]:
+    """A measurement."""
+    figures: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return figures
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def routers() -> str:
+    """Every shipped router beside what costs as much."""
+    measured = results("routers")
+    columns = ["share", "predicted_speedup", "measured_speedup", "psnr", "frechet", "recognised"]
+    rows = []
+    for name, ways in measured["routers"].items():
+        for way, figures in ways.items():
+            title = f"**{name}**" if way == "router" else f"{_plain(name, way)}"
+            cells = (
+                "-" if figures[key] is None else LABELS[key][1].format(figures[key])
+                for key in columns
+            )
+            rows.append([title, *cells])
+    table = markdown(["", *(LABELS[key][0] for key in columns)], rows)
+    return (
+        f"{table}\n\n{measured['samples']} samples each from the same noise, guidance scale "
+        f"{measured['guidance_scale']}, batches of {measured['batch']}, "
+        f"{measured['machine']['device']} with {measured['machine']['threads']} threads."
+    )
+
+
+def _plain(name: str, way: str) -> str:
+    if way == "uncached":
+        return f"DDIM-{name.rpartition('_')[2]}, uncached"
+    steps = re.fullmatch(r"(\d+) steps", way)
+    return f"DDIM-{steps[1]}" if steps else way.replace("++ ", "++ 2M, ")
+
+
+def sampling() -> str:
+    """Measured speed-up over the predicted one."""
+    measured = results("sampling")
+    rows = [
+        [
+            row["router"],
+            str(row["batch"]),
+            f"{row['predicted_speedup']:.2f}x",
+            f"{row['measured_speedup']:.2f}x",
+            f"{row['measured_over_predicted']:.0%}",
+        ]
+        for row in measured["rows"]
+    ]
+    head = ["router", "batch", "predicted speed-up", "measured speed-up", "of the predicted"]
+    runs = measured["rows"][0]["runs"]
+    return f"{markdown(head, rows)}\n\nMedians of {runs} pairs of runs, {_device(measured)}."
+
+
+def training() -> str:
+    """Frozen training against the published loop."""
+    measured = results("training")
+    memory = measured["peak_bytes"]
+    return (
+        f"Against the same loop with the backbone's gradients on, as in the published code, "
+        f"training takes {measured['steps_per_second_ratio']:.2f} times the steps per second and "
+        f"{memory['frozen'] / 2**20:.0f} MiB of peak memory instead of "
+        f"{memory['published'] / 2**20:.0f} MiB for a step (median of {measured['steps']} pairs "
+        f"of steps of {measured['batch']} images, {_device(measured)})."
+    )
+
+
+def teacher() -> str:
+    """How good the teacher is."""
+    measured = results("teacher")
+    rows = [
+        [
+            f"DDIM-{row['steps']}",
+            f"{row['samples']:,}",
+            f"{row['guidance_scale']:g}",
+            f"{row['recognised']:.1%}",
+            f"{row['frechet']:.2f}",
+        ]
+        for row in measured["rows"]
+    ]
+    head = [
+        "teacher's samples by",
+        "samples",
+        "guidance",
+        "recognised as label",
+        "Frechet distance",
+    ]
+    return markdown(head, rows)
+
+
+def _device(measured: dict[str, Any]) -> str:
+    return f"{measured['machine']['device']}, {measured['machine']['threads']} threads"
+
+
+TABLES = {"routers": routers, "sampling": sampling, "training": training, "teacher": teacher}
+
+
+def filled(text: str) -> str:
+    """A document with each `<!-- NAME -->` block replaced by its table."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite the tables in the documents."""
+    for path in DOCUMENTS:
+        text = filled(path.read_text())
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
