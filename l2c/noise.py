@@ -56,9 +56,9 @@ class Noise:
 
     def add(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Sample q(x_t | x_0): `clean` and `noise` of shape [batch, ...], `timesteps` [batch]."""
-        acp = self.alphas_cumprod[timesteps.cpu()].to(clean.device)
-        acp = acp.view(-1, *[1] * (clean.ndim - 1))
-        return acp.sqrt().to(clean.dtype) * clean + (1 - acp).sqrt().to(clean.dtype) * noise
+        acp = self.alphas_cumprod[timesteps.cpu()].view(-1, *[1] * (clean.ndim - 1))
+        signal, sigma = (v.sqrt().to(clean.dtype).to(clean.device) for v in (acp, 1 - acp))
+        return signal * clean + sigma * noise
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -56,7 +56,7 @@ def router_figure(router: Router) -> Figure:
 
 def draw_router(router: Router, path: str | Path) -> None:
     """Write the heat map of a router as a PNG."""
-    _write(router_figure(router), path)
+    write(router_figure(router), path)
 
 
 def draw_samples(rows: Mapping[str, Tensor], path: str | Path, titles: Sequence[str] = ()) -> None:
@@ -87,9 +87,10 @@ def draw_samples(rows: Mapping[str, Tensor], path: str | Path, titles: Sequence[
             if row == 0 and column < len(titles):
                 axes.set_title(titles[column], fontsize=8)
         grid[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    _write(figure, path)
+    write(figure, path)
 
 
-def _write(figure: Figure, path: str | Path) -> None:
+def write(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from l2c.picture import router_figure
+from l2c.picture import router_figure, write
 
 
 class HeatMap(L.Callback):
@@ -35,8 +35,7 @@ class HeatMap(L.Callback):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / f"step-{trainer.global_step:06d}.png", dpi=100)
+        write(figure, self.folder / f"step-{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(

@@ -83,7 +83,8 @@ class RouterTraining(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Move the backbone to this process's device and make sure that it stays frozen."""
-        model = self.frozen.model.to(self.device)
+        # Lightning moves what is registered, which the backbone is not, and only after this hook.
+        model = self.frozen.model.to(self.trainer.strategy.root_device)
         own = {id(p) for p in self.parameters()}
         assert not model.training
         assert not any(p.requires_grad or id(p) in own for p in model.parameters())
