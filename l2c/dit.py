@@ -6,6 +6,7 @@ they are. Shapes: B batch, C channels, H height (= width), T tokens, D hidden si
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -202,10 +203,10 @@ class DiT(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"unknown DiT {name!r}; known are {known}")
         return cls(**{**SIZES[size], "patch_size": int(patch), **overrides})
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write config.json, which names this class, and model.safetensors into a folder."""
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
         described = {"_class_name": type(self).__name__, **self.config}
-        return super().save_pretrained(save_directory, config=described, **options)
+        (save_directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -9,9 +9,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_known: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, tuple[tuple[float, ...], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,31 @@ class Identity:
         return lines
 
 
+@torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes and bfloat16 values of a state dict.
 
     Rounding to bfloat16 makes a model loaded in float32 and the same in bfloat16 equal. The
-    result is remembered until a weight changes.
+    result is remembered while sum and norm of every tensor stay the same, which is quick to see
+    on the model's own device.
     """
-    state = model.state_dict(keep_vars=True)
-    try:
-        # In-place changes raise a tensor's version; inference tensors have none to ask for.
-        stamp: Any = tuple((v.data_ptr(), v._version, v.dtype) for v in state.values())
-    except RuntimeError:
-        stamp = None
-    if stamp is not None and model in _known and _known[model][0] == stamp:
+    state = model.state_dict()
+    stamp = _stamp(state)
+    if model in _known and _known[model][0] == stamp:
         return _known[model][1]
     digest = hashlib.sha256()
     for name in sorted(state):
-        value = state[name].detach()
+        value = state[name]
         digest.update(f"{name}{tuple(value.shape)}".encode())
         if value.is_floating_point():
             value = value.to(torch.bfloat16).view(torch.int16)
         digest.update(value.cpu().contiguous().numpy().tobytes())
-    if stamp is not None:
-        _known[model] = (stamp, digest.hexdigest())
+    _known[model] = (stamp, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _stamp(state: Mapping[str, Tensor]) -> tuple[float, ...]:
+    values = [v for v in state.values() if v.is_floating_point()]
+    sums = [v.sum(dtype=torch.float32) for v in values]
+    norms = [torch.linalg.vector_norm(v, dtype=torch.float32) for v in values]
+    return tuple(torch.stack(sums + norms).tolist()) if values else ()
