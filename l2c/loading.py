@@ -48,12 +48,18 @@ def _load_folder(path: str, config: dict[str, Any]) -> Any:
         files[name] = Path(path) / name if local else Path(hf_hub_download(path, name))
         if not files[name].is_file():
             raise ValueError(f"expected config.json and model.safetensors in {path}, no {name}")
-    settings = json.loads(files["config.json"].read_text())
+    try:
+        settings = json.loads(files["config.json"].read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{files['config.json']} is no JSON: {error}") from error
     name = settings.pop("_class_name", None)
     if name not in BACKBONES:
         raise ValueError(f"{path} holds a backbone {name!r}; known are {', '.join(BACKBONES)}")
-    with torch.device("meta"):
-        model = BACKBONES[name](**settings)
+    try:
+        with torch.device("meta"):
+            model = BACKBONES[name](**settings)
+    except TypeError as error:
+        raise ValueError(f"{files['config.json']} does not describe a {name}: {error}") from error
     return _fill(model, _read_state(files["model.safetensors"]), path)
 
 
@@ -87,9 +93,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is no whole checkpoint of tensors alone ({str(error).splitlines()[0]})"
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no whole checkpoint of tensors alone ({reason})") from error
     state = state.get("ema", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"expected a state dict of tensors in {path}, or one under `ema`")

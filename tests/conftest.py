@@ -40,7 +40,9 @@ def tiny_dit(seed: int = 0, **overrides: int | bool) -> l2c.DiT:
     return randomised(l2c.DiT(**{**config, **overrides}), seed)
 
 
-def make_router(model: l2c.DiT, schedule: l2c.Schedule, seed: int = 0, **changes) -> l2c.Router:
+def make_router(
+    model: l2c.DiT, schedule: l2c.Schedule, seed: int = 0, **changes: object
+) -> l2c.Router:
     """A router with random scores in every second evaluation."""
     sites = l2c.sites(model)
     g = torch.Generator().manual_seed(seed)
