@@ -1,4 +1,4 @@
-"""The tables in the documents, from benchmarks/results: `python -m benchmarks.tables` fills them."""
+"""The documents' tables, from benchmarks/results: `python -m benchmarks.tables` fills them."""
 
 from __future__ import annotations
 
