@@ -153,6 +153,12 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         null_class: bool = True,
     ) -> None:
         super().__init__()
+        if min(input_size, patch_size, in_channels, hidden_size, num_heads, num_classes) < 1:
+            raise ValueError(
+                "expected sizes of at least 1, got "
+                f"input_size={input_size}, patch_size={patch_size}, in_channels={in_channels}, "
+                f"hidden_size={hidden_size}, num_heads={num_heads}, num_classes={num_classes}"
+            )
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         if hidden_size % num_heads:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-_known: WeakKeyDictionary[nn.Module, tuple[tuple[float, ...], str]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Identity:
     @classmethod
     def of(cls, model: nn.Module) -> Identity:
         """Identify a model."""
-        config: Any = model.config
+        config: Any = getattr(model, "config", {})
         return cls(type(model).__name__, dict(config), fingerprint(model))
 
     def differences(self, other: Identity) -> list[str]:
@@ -53,11 +53,11 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes and bfloat16 values of a state dict.
 
     Rounding to bfloat16 makes a model loaded in float32 and the same in bfloat16 equal. The
-    result is remembered while sum and norm of every tensor stay the same, which is quick to see
-    on the model's own device.
+    result is remembered while place, version and two weighted sums of every tensor stay the same,
+    which is quick to see on the model's own device.
     """
     state = model.state_dict()
-    stamp = _stamp(state)
+    stamp = tuple(_stamp(value) for value in state.values())
     if model in _known and _known[model][0] == stamp:
         return _known[model][1]
     digest = hashlib.sha256()
@@ -71,8 +71,10 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _stamp(state: Mapping[str, Tensor]) -> tuple[float, ...]:
-    values = [v for v in state.values() if v.is_floating_point()]
-    sums = [v.sum(dtype=torch.float32) for v in values]
-    norms = [torch.linalg.vector_norm(v, dtype=torch.float32) for v in values]
-    return tuple(torch.stack(sums + norms).tolist()) if values else ()
+def _stamp(value: Tensor) -> tuple[Any, ...]:
+    # The version tells of ordinary changes in place; the sums, one of them weighted by position,
+    # of those through `.data`, which tell nobody.
+    version = None if value.is_inference() else value._version
+    flat = value.flatten().float()
+    weights = torch.linspace(-1, 1, flat.numel(), device=flat.device)
+    return value.data_ptr(), version, value.dtype, float(flat.sum()), float(flat @ weights)

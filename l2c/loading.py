@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,22 +45,50 @@ def _load_folder(path: str, config: dict[str, Any]) -> Any:
         raise ValueError(f"expected a model folder, a file or a hub id, found nothing at {path}")
     files = {}
     for name in ("config.json", "model.safetensors"):
-        files[name] = Path(path) / name if local else Path(hf_hub_download(path, name))
+        files[name] = Path(path) / name if local else _download(path, name)
         if not files[name].is_file():
             raise ValueError(f"expected config.json and model.safetensors in {path}, no {name}")
     try:
-        settings = json.loads(files["config.json"].read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{files['config.json']} is no JSON: {error}") from error
+        settings = dict(json.loads(files["config.json"].read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{files['config.json']} is no JSON object: {error}") from error
     name = settings.pop("_class_name", None)
     if name not in BACKBONES:
-        raise ValueError(f"{path} holds a backbone {name!r}; known are {', '.join(BACKBONES)}")
+        raise ValueError(
+            f"config.json in {path} holds a backbone {name!r}; known are {', '.join(BACKBONES)}"
+        )
+    model = _empty(BACKBONES[name], settings, str(files["config.json"]))
+    return _fill(model, _read_state(files["model.safetensors"]), path)
+
+
+def _download(repository: str, name: str) -> Path:
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"there is no folder {repository}, and no {name} of a hub model of that name: {error}"
+        ) from error
+
+
+def _load_official(path: Path, config: dict[str, Any]) -> DiT:
+    state = _read_state(path)
+    settings = {**infer_config(state, str(path)), **config}
+    if "num_heads" not in settings:
+        raise ValueError(
+            f"{path} has hidden size {settings['hidden_size']} and depth {settings['depth']}, no "
+            f"published DiT ({', '.join(SIZES)}); give num_heads=..."
+        )
+    filled: DiT = _fill(_empty(DiT, settings, str(path)), state, str(path))
+    filled.pos_embed.requires_grad_(False)
+    return filled
+
+
+def _empty(backbone: Any, settings: dict[str, Any], path: str) -> Any:
     try:
         with torch.device("meta"):
-            model = BACKBONES[name](**settings)
+            return backbone(**settings)
     except TypeError as error:
-        raise ValueError(f"{files['config.json']} does not describe a {name}: {error}") from error
-    return _fill(model, _read_state(files["model.safetensors"]), path)
+        raise ValueError(f"{path} does not describe a {backbone.__name__}: {error}") from error
 
 
 def _fill(model: Any, state: dict[str, Tensor], path: str) -> Any:
@@ -73,28 +101,16 @@ def _fill(model: Any, state: dict[str, Tensor], path: str) -> Any:
     return model
 
 
-def _load_official(path: Path, config: dict[str, Any]) -> DiT:
-    state = _read_state(path)
-    settings = {**infer_config(state, str(path)), **config}
-    if "num_heads" not in settings:
-        raise ValueError(
-            f"{path} has hidden size {settings['hidden_size']} and depth {settings['depth']}, no "
-            f"published DiT ({', '.join(SIZES)}); give num_heads=..."
-        )
-    with torch.device("meta"):
-        model = DiT(**settings)
-    filled: DiT = _fill(model, state, str(path))
-    return filled
-
-
 def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is no whole checkpoint of tensors alone ({reason})") from error
+    except Exception as error:  # what is no checkpoint fails in the unpickler in any way
+        raise ValueError(
+            f"{path} is no whole checkpoint of tensors alone ({type(error).__name__}); copy it "
+            "again, or save its state dict in safetensors"
+        ) from error
     state = state.get("ema", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"expected a state dict of tensors in {path}, or one under `ema`")
@@ -102,21 +118,31 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def infer_config(state: dict[str, Tensor], path: str) -> dict[str, Any]:
-    """The configuration of a DiT from the shapes in its state dict."""
+    """The configuration of a DiT from the shapes in its state dict.
+
+    Raises:
+        ValueError: If a key is missing, or has another number of dimensions than in a DiT.
+    """
     needed = {
-        "pos_embed",
-        "x_embedder.proj.weight",
-        "y_embedder.embedding_table.weight",
-        "blocks.0.mlp.fc1.weight",
-        "final_layer.linear.weight",
+        "pos_embed": 3,
+        "x_embedder.proj.weight": 4,
+        "y_embedder.embedding_table.weight": 2,
+        "blocks.0.mlp.fc1.weight": 2,
+        "final_layer.linear.weight": 2,
     }
-    if not needed <= state.keys():
+    if not needed.keys() <= state.keys():
         raise ValueError(
             f"expected a state dict in the official DiT layout in {path}; it lacks "
-            f"{', '.join(sorted(needed - state.keys()))}"
+            f"{', '.join(sorted(needed.keys() - state.keys()))}"
         )
+    for key, rank in needed.items():
+        if state[key].ndim != rank:
+            raise ValueError(
+                f"expected {key} of {rank} dimensions in {path}, got {tuple(state[key].shape)}"
+            )
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    blocks = (re.match(r"blocks\.(\d+)\.", key) for key in state)
+    depth = 1 + max(int(block[1]) for block in blocks if block)
     config: dict[str, Any] = {
         "input_size": round(state["pos_embed"].shape[1] ** 0.5) * patch,
         "patch_size": patch,

@@ -61,6 +61,8 @@ class Router:
                     f"expected {name} of shape {shape} (evaluations and sites), "
                     f"got {tuple(tensor.shape)}"
                 )
+        if self.gated.dtype != torch.bool:
+            raise ValueError(f"expected gated as torch.bool, got {self.gated.dtype}")
         if not bool(((self.scores >= 0) & (self.scores <= 1)).all()):  # also false for NaN
             raise ValueError("expected scores in [0, 1], got values outside, or NaN")
         if bool(self.gated[0]):

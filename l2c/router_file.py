@@ -63,40 +63,73 @@ def load(path: str | Path) -> Router:
     Raises:
         ValueError: If it does not exist, or is damaged, foreign, or of another format.
     """
-    text, tensors = _read(Path(path))
-    try:
-        described = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: its description is no JSON ({error})") from error
-    if described.get("format") != FORMAT:
+    path = Path(path)
+    metadata, tensors = _read(path)
+    described = _described(path, metadata["l2c"])
+    if set(tensors) != set(DTYPES):
         raise ValueError(
-            f"{path} has router format {described.get('format')}, this version of l2c reads "
-            f"format {FORMAT}; it was written by l2c {described.get('version')}, install that one"
+            f"{path} is no whole router: expected the tensors {', '.join(DTYPES)}, "
+            f"found {', '.join(tensors)}"
         )
+    for name, dtype in DTYPES.items():
+        if tensors[name].dtype != dtype:
+            raise ValueError(
+                f"{path}: expected a tensor {name} of {dtype}, found {tensors[name].dtype}"
+            )
+    if metadata.get("sha256") != _checksum(metadata["l2c"], tensors):
+        raise ValueError(f"{path} is damaged: its checksum differs; copy or write it again")
     try:
         return _build(described, tensors)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is incomplete: {error!r}; write it again") from error
     except ValueError as error:
         raise ValueError(f"{path} is not a usable router: {error}") from error
 
 
+def _described(path: Path, text: str) -> dict[str, Any]:
+    try:
+        described = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its description is no JSON ({error})") from error
+    if not isinstance(described, dict):
+        raise ValueError(f"{path} is damaged: its description is no JSON object")
+    if described.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has router format {described.get('format')}, this version of l2c reads "
+            f"format {FORMAT}; it was written by l2c {described.get('version')}, install that one"
+        )
+    return described
+
+
 def _build(described: dict[str, Any], tensors: dict[str, Tensor]) -> Router:
-    listed = tuple(Site(name, macs) for name, macs in described["sites"])
+    listed = tuple(Site(_typed(name, str), _typed(macs, int)) for name, macs in described["sites"])
+    guidance = described["guidance_scale"]
+    identity = Identity(
+        _typed(described["identity"]["backbone"], str),
+        _typed(described["identity"]["config"], dict),
+        _typed(described["identity"]["weights"], str),
+    )
+    provenance = {**described["provenance"], "l2c_version": described["version"]}
     return Router(
         scores=tensors["scores"],
         gated=tensors["gated"].bool(),
         updates=tensors["updates"],
-        sites=Sites(listed, described["rest"]),
+        sites=Sites(listed, _typed(described["rest"], int)),
         schedule=Schedule.from_dict(described["schedule"]),
-        identity=Identity(**described["identity"]),
-        threshold=described["threshold"],
-        guidance_scale=described["guidance_scale"],
-        provenance={**described["provenance"], "l2c_version": described["version"]},
+        identity=identity,
+        threshold=_typed(described["threshold"], float | int),
+        guidance_scale=None if guidance is None else _typed(guidance, float | int),
+        provenance=provenance,
     )
 
 
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+def _typed(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind}, found {value!r}")
+    return value
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise ValueError(f"expected a router file at {path}, found none")
     try:
@@ -117,12 +150,7 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
             f"{path} is a safetensors file but no router: it lacks the metadata `l2c`. Expected "
             "a file written by Router.save"
         )
-    for name, dtype in DTYPES.items():
-        if name not in tensors or tensors[name].dtype != dtype:
-            raise ValueError(f"{path} is incomplete: expected a tensor {name} of {dtype}")
-    if metadata.get("sha256") != _checksum(metadata["l2c"], tensors):
-        raise ValueError(f"{path} is damaged: its checksum differs; copy or write it again")
-    return metadata["l2c"], tensors
+    return metadata, tensors
 
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> str:

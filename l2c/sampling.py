@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -91,7 +92,7 @@ def sample(
         raise ValueError(f"expected latents of shape {expected}, got {tuple(x.shape)}")
 
     weight = next(model.parameters())
-    size = batch_size or len(labels)
+    size = len(labels) if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
     batches = -(-len(labels) // size)
@@ -177,7 +178,12 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _check_labels(model: Any, labels: Tensor | Sequence[int], guidance_scale: float) -> Tensor:
-    labels = torch.as_tensor(labels, dtype=torch.long)
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() and labels.numel():
+        raise ValueError(f"expected whole numbers as labels, got {labels.dtype}")
+    labels = labels.long()
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"expected a finite guidance_scale, got {guidance_scale}")
     if labels.ndim != 1 or not len(labels):
         raise ValueError(f"expected labels of shape [B], B > 0, got {tuple(labels.shape)}")
     highest = model.num_classes - 1 if model.null_label is None else model.null_label

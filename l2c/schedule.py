@@ -66,8 +66,8 @@ class Schedule:
         Args:
             evaluations: Number of steps, one model evaluation each.
             spacing: "linspace", the ids of the original DiT and guided-diffusion respacing, from
-                the last timestep to 0; "leading" and "trailing" as in diffusers (table 2 of Lin
-                et al. 2024, without an offset).
+                the last timestep to 0; "leading" and "trailing" as in table 2 of Lin et al. 2024,
+                without an offset; equal to diffusers' where the count divides the timesteps.
             noise: The model's forward process; DiT's by default.
 
         Raises:

@@ -258,3 +258,33 @@ def test_somebody_else_s_wrapper_survives(dit: l2c.DiT) -> None:
     run(dit, l2c.Plan.every(2, ROWS, l2c.sites(dit)))
     assert len(calls) == ROWS // 2
     assert vars(dit.blocks[0])["attention"] is theirs
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_sampling_with_a_full_plan_is_bit_identical(dit: l2c.DiT, scale: float) -> None:
+    schedule, full = l2c.Schedule.ddim(ROWS), l2c.Plan.full(ROWS, l2c.sites(dit))
+    noise = initial_latents(dit, 3, torch.Generator().manual_seed(0))
+    plain = l2c.sample(dit, schedule, [1, 2, 3], scale, latents=noise)
+    assert torch.equal(l2c.sample(dit, schedule, [1, 2, 3], scale, plan=full, latents=noise), plain)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, ROWS])
+def test_leaving_at_any_time_restores_the_model(dit: l2c.DiT, rows: int) -> None:
+    before, plain = attributes(dit), run(dit, None)
+    with l2c.cached(dit, l2c.Plan.every(ROWS, ROWS, l2c.sites(dit))) as cache:
+        for given in inputs()[:rows]:
+            dit(*given)
+        assert len(cache.outputs) == (6 if 0 < rows < ROWS else 0)
+    assert not cache.outputs
+    assert attributes(dit) == before
+    assert equal(run(dit, None), plain)
+
+
+def test_a_refused_input_does_not_disturb_the_generation(dit: l2c.DiT) -> None:
+    plan = random_plan(dit)
+    with l2c.cached(dit, plan):
+        first = dit(*inputs()[0])
+        with pytest.raises(ValueError, match="inputs of shape"):
+            dit(*inputs(3)[1])
+        rest = [dit(*given) for given in inputs()[1:]]
+    assert equal([first, *rest], run(dit, plan))

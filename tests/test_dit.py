@@ -78,6 +78,20 @@ def test_equals_the_implementation_in_diffusers(timestep: int) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("timestep", [0, 500, 999])
+def test_equals_diffusers_in_double_precision(timestep: int) -> None:
+    model = tiny_dit(input_size=12, patch_size=2, in_channels=4)
+    twin = diffusers_twin(model).double()
+    model.double()
+    x = torch.randn(3, 4, 12, 12, generator=torch.Generator().manual_seed(0)).double()
+    t, y = torch.full((3,), timestep), torch.tensor([0, 7, 10])
+    with torch.no_grad():
+        mine, theirs = model(x, t, y), twin(x, t, class_labels=y).sample
+    # One fused qkv product against three, 16 digits each: another GELU or another epsilon in a
+    # norm, which float32 could hide, differs by 1e-6 or more.
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
     [("DiT-S/2", 33), ("DiT-B/4", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675), ("DiT-XL/8", 676)],
@@ -163,3 +177,25 @@ def test_sizes_are_those_of_the_paper() -> None:
         "DiT-L": (24, 1024, 16),
         "DiT-XL": (28, 1152, 16),
     }
+
+
+@pytest.mark.parametrize("name", ["DiT-S/8", "DiT-B/4", "DiT-XL/2"])
+def test_parameters_follow_the_formula(name: str) -> None:
+    with torch.device("meta"):
+        model = l2c.DiT.named(name)
+    config = model.config
+    width, patch = config["hidden_size"], config["patch_size"] ** 2
+    attention = 4 * width * width + 4 * width
+    mlp = 8 * width * width + 5 * width
+    block = attention + mlp + 6 * width * width + 6 * width
+    embedders = (4 * patch * width + width) + (256 * width + width + width * width + width)
+    final = 2 * width * width + 2 * width + 8 * patch * width + 8 * patch
+    expected = config["depth"] * block + embedders + 1001 * width + final
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+def test_the_null_class_is_one_more_row() -> None:
+    assert tiny_dit().y_embedder.embedding_table.num_embeddings == 11
+    assert tiny_dit().null_label == 10
+    assert tiny_dit(null_class=False).y_embedder.embedding_table.num_embeddings == 10
+    assert tiny_dit(null_class=False).null_label is None

@@ -81,3 +81,16 @@ def test_tables_of_the_wrong_size(table: list[list[int]], message: str) -> None:
 def test_a_flat_table_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[evaluation, site\], got shape \(4,\)"):
         l2c.Plan.of(torch.ones(4), SITES)
+
+
+def test_many_sites_print_without_gaps_and_rows_line_up() -> None:
+    sites = l2c.Sites(tuple(l2c.Site(f"blocks.{i}.attn", 1) for i in range(41)), rest=0)
+    lines = str(l2c.Plan.every(10, 11, sites)).splitlines()
+    assert lines[1] == f" 0 {'█' * 41} 100%"
+    assert lines[2] == f" 1 {'·' * 41}   0%"
+    assert lines[11] == f"10 {'█' * 41} 100%"
+
+
+def test_full_needs_an_evaluation() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 1 and 0"):
+        l2c.Plan.full(0, SITES)

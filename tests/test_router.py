@@ -22,6 +22,12 @@ def test_plan_computes_what_scores_above_the_threshold(router: l2c.Router) -> No
         router.plan(1.5)
 
 
+def test_a_score_at_the_threshold_is_reused(dit: l2c.DiT, schedule: l2c.Schedule) -> None:
+    router = make_router(dit, schedule, scores=torch.full((6, 6), 0.25))
+    assert router.plan(0.25).reused == 18
+    assert router.plan(0.2).reused == 0
+
+
 def test_untrained_gates_compute_and_warn(dit: l2c.DiT, schedule: l2c.Schedule) -> None:
     updates = torch.tensor([0, 7, 0, 0, 0, 7])
     router = make_router(dit, schedule, updates=updates)
@@ -135,6 +141,21 @@ def test_fingerprint_sees_changes_in_place(dit: l2c.DiT) -> None:
     assert fingerprint(dit) == first
     dit.load_state_dict(tiny_dit(seed=1).state_dict(), assign=True)
     assert fingerprint(dit) == fingerprint(tiny_dit(seed=1))
+
+
+def test_fingerprint_sees_values_that_change_places(dit: l2c.DiT) -> None:
+    fingerprint(dit)
+    table = dit.y_embedder.embedding_table.weight
+    with torch.no_grad():
+        table[[0, 1]] = table[[1, 0]]  # the same sum and norm, another model
+    fresh = tiny_dit()
+    fresh.load_state_dict(dit.state_dict())
+    assert fingerprint(dit) == fingerprint(fresh)
+
+
+def test_check_refuses_what_is_no_backbone(router: l2c.Router) -> None:
+    with pytest.raises(ValueError, match="expected DiT, got Linear"):
+        router.check(torch.nn.Linear(2, 2))
 
 
 def test_identity_is_plain(dit: l2c.DiT) -> None:

@@ -161,3 +161,51 @@ def test_foreign_files(path: Path, dit_folder: Path, router: l2c.Router) -> None
         l2c.Router.load(path)
     with pytest.raises(ValueError, match="expected a router file at .*, found none"):
         l2c.Router.load(path.with_name("none"))
+
+
+def test_a_save_that_fails_late_leaves_nothing(router: l2c.Router, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        router.save(tmp_path / "folder")  # written beside it, but cannot take its place
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def sign(path: Path, text: str, **more: torch.Tensor) -> None:
+    """Write any text as the description, with its right checksum where there can be one."""
+    from l2c.router_file import _checksum
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in ("scores", "gated", "updates")}
+    save_file({**tensors, **more}, path, {"l2c": text, "sha256": _checksum(text, tensors)})
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"router"'])
+def test_a_description_that_is_no_object(path: Path, text: str) -> None:
+    sign(path, text)
+    with pytest.raises(ValueError, match=path.name):
+        l2c.Router.load(path)
+
+
+def test_a_tensor_too_many(path: Path) -> None:
+    sign(path, "{}", other=torch.zeros(2, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=path.name):
+        l2c.Router.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rest": None}, {"rest": "many"}, {"sites": [["a", "b"]] * 6}, {"sites": [[1, 2]] * 6}],
+)
+def test_costs_and_names_of_the_wrong_type(path: Path, changes: dict[str, object]) -> None:
+    rewrite(path, **changes)
+    with pytest.raises(ValueError, match=path.name):
+        l2c.Router.load(path)
+
+
+def test_another_format_is_named_before_anything_else_is_judged(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["l2c"])
+    text = json.dumps({**described, "format": 2, "version": "9.9"})
+    save_file({"packed": torch.zeros(3)}, path, {"l2c": text})
+    with pytest.raises(ValueError, match=r"router format 2.*reads format 1.*l2c 9\.9"):
+        l2c.Router.load(path)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import l2c
-from l2c.sampling import initial_latents
+from l2c.sampling import decode, initial_latents
 from l2c.solvers import solve
-from tests.conftest import tiny_dit
+from tests.conftest import make_router, tiny_dit
 
 LABELS = [1, 2, 3, 4, 5]
 
@@ -188,3 +188,54 @@ def test_guidance_needs_a_null_class(schedule: l2c.Schedule) -> None:
         l2c.sample(model, schedule, [9], 1.5)
     with pytest.raises(ValueError, match="labels between 0 and 9, got 10"):
         l2c.sample(model, schedule, [10])
+
+
+def test_a_batch_size_of_zero_is_refused(dit: l2c.DiT, schedule: l2c.Schedule) -> None:
+    with pytest.raises(ValueError, match="batch_size of at least 1, got 0"):
+        l2c.sample(dit, schedule, LABELS, batch_size=0)
+
+
+def test_callback_runs_again_for_each_batch(dit: l2c.DiT, schedule: l2c.Schedule) -> None:
+    seen: list[tuple[int, int]] = []
+    l2c.sample(
+        dit,
+        schedule,
+        LABELS,
+        1.5,
+        batch_size=2,
+        callback=lambda row, t, x: seen.append((row, len(x))),
+    )
+    assert seen == [(row, count) for count in (2, 2, 1) for row in range(6)]
+
+
+def test_images_are_shifted_and_clamped() -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        sample_size=8,
+        scaling_factor=0.2,
+        shift_factor=0.7,
+    ).eval()
+    vae.decoder.conv_out.weight.data *= 20  # far out of range
+    latents = torch.randn(2, 4, 8, 8, generator=seeded())
+    with torch.no_grad():
+        image = vae.decode(latents / 0.2 + 0.7).sample / 2 + 0.5
+        images = decode(vae, latents)
+    assert float(image.min()) < 0
+    assert float(image.max()) > 1
+    assert torch.equal(images, image.clamp(0, 1))
+
+
+def test_routers_of_another_model_or_guidance_are_refused(
+    dit: l2c.DiT, schedule: l2c.Schedule
+) -> None:
+    router = make_router(dit, schedule, guidance_scale=1.5)
+    l2c.sample(dit, schedule, [1], 1.5, router=router)
+    with pytest.raises(ValueError, match=r"trained at guidance scale 1\.5, got 4\.0"):
+        l2c.sample(dit, schedule, [1], 4.0, router=router)
+    with pytest.raises(ValueError, match=r"weights: expected \w+, got \w+"):
+        l2c.sample(tiny_dit(seed=1), schedule, [1], 1.5, router=router)

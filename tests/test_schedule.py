@@ -83,3 +83,26 @@ def test_timesteps_outside_the_noise() -> None:
 
 def test_prints_as_a_phrase() -> None:
     assert str(l2c.Schedule.ddim(20)) == "ddim with 20 evaluations, spacing linspace"
+
+
+def test_every_count_has_the_original_ids() -> None:
+    wrong = [n for n in range(1, 1001) if list(l2c.Schedule.ddim(n).timesteps) != original_ids(n)]
+    assert wrong == []
+
+
+def has_ties(count: int) -> bool:
+    """Whether a trailing id falls on exactly a half, which diffusers' float sum may miss."""
+    return any(2000 * i % count == 0 and 1000 * i % count for i in range(count))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_every_count_equals_diffusers(spacing: str) -> None:
+    scheduler = DDIMScheduler(timestep_spacing=spacing)
+    compared = 0
+    for count in (n for n in range(1, 1001) if not has_ties(n)):
+        scheduler.set_timesteps(count)
+        if len(scheduler.timesteps) == count:  # for a few counts diffusers gives one id more
+            schedule = l2c.Schedule.ddim(count, spacing=spacing)
+            assert list(schedule.timesteps) == scheduler.timesteps.tolist()
+            compared += 1
+    assert compared > 850
