@@ -63,7 +63,7 @@ def main() -> None:
 def measure(model: l2c.DiT, router: l2c.Router, batch: int, runs: int) -> list[float]:
     """Ratios of the time without a router to the time with it, of neighbouring runs."""
     labels = torch.arange(batch) % model.num_classes
-    noise = initial_latents(model, batch, generator(0))
+    noise = initial_latents(model, batch, generator("sampling benchmark"))
     plan = router.plan()
 
     def seconds(way: l2c.Plan | None) -> float:

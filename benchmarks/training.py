@@ -51,7 +51,7 @@ class Loop:
         count = len(l2c.sites(self.model))
         self.logits = {row: torch.zeros(count, device=device, requires_grad=True) for row in rows}
         self.optimizer = torch.optim.AdamW(self.logits.values(), lr=1e-3, weight_decay=0.0)
-        g = generator(0)
+        g = generator("training benchmark")
         shape = (batch, self.model.in_channels, self.model.input_size, self.model.input_size)
         self.batch = {
             "latents": torch.randn(shape, generator=g).to(device),
@@ -64,7 +64,7 @@ class Loop:
 
     def step(self, index: int) -> float:
         """One optimizer step; returns the loss."""
-        g = generator(1, index)
+        g = generator("training benchmark", index)
         self.optimizer.zero_grad()
         self.model.zero_grad()
         if self.kind == "frozen":

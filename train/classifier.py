@@ -11,6 +11,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from train.data import Batch
+from train.seeding import batches_done, generator
 
 
 class Classifier(nn.Module, PyTorchModelHubMixin):
@@ -93,7 +94,8 @@ class ClassifierTraining(L.LightningModule):
         """One batch, shifted at random."""
         images = batch["latents"]
         if self.shift:
-            down, right = torch.randint(-self.shift, self.shift + 1, (2,)).tolist()
+            g = generator("shift", batches_done(self.trainer), self.global_rank)
+            down, right = torch.randint(-self.shift, self.shift + 1, (2,), generator=g).tolist()
             images = images.roll((down, right), dims=(2, 3))
         loss = F.cross_entropy(
             self.backbone(images), batch["labels"], label_smoothing=self.label_smoothing

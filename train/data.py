@@ -134,7 +134,7 @@ class ResumableShuffle(Sampler[int]):
             epoch, index = divmod(batch, self.batches)
             if epoch != drawn:
                 drawn = epoch
-                order = torch.randperm(self.length, generator=generator(self.seed, epoch))
+                order = torch.randperm(self.length, generator=generator("order", self.seed, epoch))
             start = (index * self.world_size + self.trainer.global_rank) * self.batch_size
             yield from order[start : start + self.batch_size].tolist()
 

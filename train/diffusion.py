@@ -27,24 +27,34 @@ class DiffusionTraining(L.LightningModule):
 
     Args:
         backbone: The model to train.
-        optimizer: Optimizer of the backbone's parameters.
+        optimizer: Optimizer of the backbone's parameters; AdamW by default.
         warmup_steps: Optimizer steps of linear warm-up; the learning rate then falls to 0 in half
             a cosine over the rest of the training.
         label_dropout: Share of the labels replaced by the null label, for guidance.
         seed: Seed of noise, timesteps and dropped labels.
+
+    Raises:
+        ValueError: If the backbone predicts no variance, or has no null class to drop labels to.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        optimizer: OptimizerFactory = torch.optim.AdamW,
+        optimizer: OptimizerFactory | None = None,
         warmup_steps: int = 0,
         label_dropout: float = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        config = getattr(backbone, "config", {})
+        if not config.get("learn_sigma") or (label_dropout and not config.get("null_class")):
+            raise ValueError(
+                "expected a backbone with learn_sigma, and with null_class or label_dropout 0, got "
+                f"learn_sigma={config.get('learn_sigma')}, null_class={config.get('null_class')}, "
+                f"label_dropout {label_dropout}"
+            )
         self.backbone: Any = backbone
-        self.optimizer_factory = optimizer
+        self.optimizer_factory = optimizer or torch.optim.AdamW
         self.warmup_steps = warmup_steps
         self.label_dropout = label_dropout
         self.seed = seed
@@ -67,14 +77,14 @@ class DiffusionTraining(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """One batch at stratified random timesteps."""
-        g = generator(self.seed, batches_done(self.trainer), self.global_rank)
+        g = generator("train", self.seed, batches_done(self.trainer), self.global_rank)
         simple, bound = self.losses(batch, g)
         self.log_dict({"train/mse": simple, "train/bound": bound}, prog_bar=True)
         return simple + bound
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """The same losses with noise that is the same in every validation."""
-        simple, bound = self.losses(batch, generator(self.seed, 1, batch_index))
+        simple, bound = self.losses(batch, generator("validate", self.seed, batch_index))
         self.log_dict({"val/mse": simple, "val/bound": bound, "val/loss": simple + bound})
 
     def losses(self, batch: Batch, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -86,7 +96,8 @@ class DiffusionTraining(L.LightningModule):
         t = (strata * self.noise.timesteps).long().to(device)
         eps = torch.randn(clean.shape, generator=g).to(device)
         dropped = (torch.rand(size, generator=g) < self.label_dropout).to(device)
-        labels = labels.masked_fill(dropped, self.backbone.null_label)
+        if self.label_dropout:
+            labels = labels.masked_fill(dropped, self.backbone.null_label)
         noisy = self.noise.add(clean, eps, t)
         output = self.backbone(noisy, t, labels).float()
         predicted, variance = output.chunk(2, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,16 @@ class ExportModel(L.Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what has no model of its own before any work is done."""
+        if not hasattr(pl_module, "backbone"):
+            raise ValueError(
+                f"ExportModel needs a module that trains a backbone, got {type(pl_module).__name__}"
+            )
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write into a temporary folder, then move each file into its place."""
-        if not trainer.is_global_zero or trainer.interrupted:
+        if not trainer.is_global_zero:
             return
         model: Any = pl_module.backbone
         temporary = self.folder.with_name(self.folder.name + ".tmp")
@@ -50,30 +58,31 @@ class ExportRouter(L.Callback):
         self.path = Path(path)
         self.monitor = monitor
         self.best = float("inf")
-        self._validated: Router | None = None
+
+    @property
+    def best_path(self) -> Path:
+        """Where the best router is written."""
+        return self.path.with_stem(self.path.stem + "-best")
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run keeps the best router."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`; a router written after the checkpoint counts too."""
         self.best = state_dict["best"]
+        if self.best_path.is_file():
+            written = Router.load(self.best_path).provenance.get(self.monitor)
+            self.best = min(self.best, written) if isinstance(written, float) else self.best
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the router of the last validation."""
-        self._validated = None
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what has no router before any work is done."""
+        if not hasattr(pl_module, "router"):
+            raise ValueError(f"ExportRouter needs RouterTraining, got {type(pl_module).__name__}")
 
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
-    ) -> None:
-        """Take the router that is being validated, averaged if weights are."""
-        if self._validated is None and not trainer.sanity_checking:
-            self._validated = _router(pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write it if it is the best so far."""
-        if self._validated is None or trainer.state.fn != "fit":
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write the validated router if it is the best so far."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
@@ -82,16 +91,11 @@ class ExportRouter(L.Callback):
         if value < self.best:
             self.best = value
             if trainer.is_global_zero:
-                self._validated.save(self.path.with_stem(self.path.stem + "-best"))
+                router: Router = pl_module.validated
+                provenance = {**router.provenance, self.monitor: value}
+                dataclasses.replace(router, provenance=provenance).save(self.best_path)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the last router, unless training was interrupted."""
-        if trainer.is_global_zero and not trainer.interrupted:
-            _router(pl_module).save(self.path)
-
-
-def _router(module: Any) -> Router:
-    if not hasattr(module, "router"):
-        raise ValueError(f"ExportRouter needs RouterTraining, got {type(module).__name__}")
-    router: Router = module.router()
-    return router
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write the last router."""
+        if trainer.is_global_zero:
+            pl_module.router().save(self.path)

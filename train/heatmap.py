@@ -31,7 +31,7 @@ class HeatMap(L.Callback):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # early on, some gates have not been trained yet
-            figure = router_figure(pl_module.router())
+            figure = router_figure(pl_module.validated)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]

@@ -21,8 +21,8 @@ class Interrupt(L.Callback):
         self.asked = False
         self._before: Any = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over SIGINT."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over SIGINT, after Lightning has noted whose it was."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._ask)
 
@@ -31,9 +31,9 @@ class Interrupt(L.Callback):
             raise KeyboardInterrupt
         self.asked = True
 
-    def on_train_batch_start(self, *args: Any) -> None:
-        """Stop here if asked to: the batch before is done with, this one has not begun."""
-        if self.asked:
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Stop here if any process was asked to: the batch before is done, this one not begun."""
+        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             raise KeyboardInterrupt
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

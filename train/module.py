@@ -31,7 +31,7 @@ class RouterTraining(L.LightningModule):
         solver: Its solver.
         solver_options: Further options of the solver, e.g. `{spacing: trailing}` for ddim.
         objective: What is minimised.
-        optimizer: Optimizer of the gates' logits.
+        optimizer: Optimizer of the gates' logits; AdamW by default.
         threshold: A site is computed where its score is above this; written into the router.
         clamp: Keep logits in [-clamp, clamp] after every step; None for no limit.
         test_guidance_scale: Guidance of the samples that `test` compares.
@@ -48,7 +48,7 @@ class RouterTraining(L.LightningModule):
         solver: str = "ddim",
         solver_options: dict[str, Any] | None = None,
         objective: Pairs | None = None,
-        optimizer: OptimizerFactory = torch.optim.AdamW,
+        optimizer: OptimizerFactory | None = None,
         threshold: float = 0.1,
         clamp: float | None = 5.0,
         test_guidance_scale: float = 1.5,
@@ -59,7 +59,7 @@ class RouterTraining(L.LightningModule):
         self.sites = sites(self.frozen.model)
         self.schedule = Schedule.of(solver, evaluations, **(solver_options or {}))
         self.objective = objective or Pairs()
-        self.optimizer_factory = optimizer
+        self.optimizer_factory = optimizer or torch.optim.AdamW
         self.threshold = threshold
         self.clamp = clamp
         self.test_guidance_scale = test_guidance_scale
@@ -67,15 +67,17 @@ class RouterTraining(L.LightningModule):
         self.gated = self.objective.gated(self.schedule)
         # A parameter per evaluation: one that got no gradient in a step is left alone by the
         # optimizer, momentum included.
-        g = generator(seed)
+        g = generator("logits", seed)
         self.logits = nn.ParameterDict(
             {
                 str(row): nn.Parameter(torch.randn(len(self.sites), generator=g))
                 for row in self.gated.nonzero().flatten().tolist()
             }
         )
-        self.updates: Tensor
-        self.register_buffer("updates", torch.zeros(len(self.schedule), dtype=torch.long))
+        # No buffer: weight averaging would average it.
+        self.updates = torch.zeros(len(self.schedule), dtype=torch.long)
+        self.validated: Router | None = None
+        self._pending: dict[str, Tensor] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the logits, and of nothing else."""
@@ -100,7 +102,7 @@ class RouterTraining(L.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """One pair."""
         self._check(batch)
-        g = generator(self.seed, batches_done(self.trainer), self.global_rank)
+        g = generator("train", self.seed, batches_done(self.trainer), self.global_rank)
         loss = self.objective.loss(self.frozen.model, self.schedule, self.weights, batch, g)
         self.log("train/error", loss.error, prog_bar=True)
         self.log("train/penalty", loss.penalty, prog_bar=True)
@@ -116,6 +118,30 @@ class RouterTraining(L.LightningModule):
                 if self.clamp is not None:
                     logits.clamp_(-self.clamp, self.clamp)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is in no parameter: the counts, and gradients that are being accumulated."""
+        checkpoint["updates"] = self.updates.clone()
+        checkpoint["gradients"] = {
+            row: logits.grad.clone()
+            for row, logits in self.logits.items()
+            if logits.grad is not None
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The inverse; the optimizer's settings are the configuration's, not the checkpoint's."""
+        self.updates = checkpoint["updates"].clone()
+        self._pending = checkpoint["gradients"]
+        fresh = self.optimizer_factory(self.parameters())
+        for state in checkpoint.get("optimizer_states", []):
+            for stored, group in zip(state["param_groups"], fresh.param_groups, strict=True):
+                stored.update({k: v for k, v in group.items() if k != "params"})
+
+    def on_train_start(self) -> None:
+        """Go on with the gradients that a resumed run had accumulated."""
+        for row, gradient in self._pending.items():
+            self.logits[row].grad = gradient.to(self.device)
+        self._pending = {}
+
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Each batch at the next gated evaluation, with the same noise every time."""
         self._check(batch)
@@ -123,7 +149,7 @@ class RouterTraining(L.LightningModule):
         row = int(rows[batch_index % len(rows)])
         losses = {}
         for name, weights in (("hard", self.hard_weights), ("soft", self.weights)):
-            g = generator(self.seed, 1, batch_index)
+            g = generator("validate", self.seed, batch_index)
             losses[name] = self.objective.loss(
                 self.frozen.model, self.schedule, weights, batch, g, row
             )
@@ -132,8 +158,9 @@ class RouterTraining(L.LightningModule):
         self.log("val/error", losses["hard"].error, batch_size=size)
         self.log("val/soft_error", losses["soft"].error, batch_size=size)
 
-    def on_validation_epoch_end(self) -> None:
-        """The share of the compute that thresholding now would leave."""
+    def on_validation_epoch_start(self) -> None:
+        """Take the router that is validated: the averaged one, if weights are averaged."""
+        self.validated = self.router()
         self.log("val/share", self.plan().share, prog_bar=True)
         scores = torch.stack([self.weights(int(row)) for row in self.logits])
         unsaturated = ((scores > 0.05) & (scores < 0.95)).float().mean()
@@ -142,7 +169,7 @@ class RouterTraining(L.LightningModule):
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Samples by the plan against samples without it, from the same noise."""
         model, labels = self.frozen.model, batch["labels"]
-        noise = initial_latents(model, len(labels), generator(self.seed, 2, batch_index))
+        noise = initial_latents(model, len(labels), generator("test", self.seed, batch_index))
         full, fast = (
             sample(model, self.schedule, labels, self.test_guidance_scale, latents=noise, plan=plan)
             for plan in (None, self.plan())
@@ -168,7 +195,7 @@ class RouterTraining(L.LightningModule):
         return Router(
             scores=scores,
             gated=self.gated.clone(),
-            updates=self.updates.cpu().clone(),
+            updates=self.updates.clone(),
             sites=self.sites,
             schedule=self.schedule,
             identity=self.frozen.identity,

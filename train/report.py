@@ -90,7 +90,7 @@ def compare(
     with tqdm(total=total, desc="Comparing samples", unit="evaluation") as bar:
         for start in starts:
             part = labels[start : start + batch]
-            noise = initial_latents(model, len(part), generator(seed, 3, start))
+            noise = initial_latents(model, len(part), generator("compare", seed, start))
             for name, way in chosen.items():
                 begun = time.perf_counter()
                 drawn = way.draw(part, noise)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import lightning as L
 import numpy as np
 import torch
@@ -12,7 +14,12 @@ def batches_done(trainer: L.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
-def generator(*counters: int) -> torch.Generator:
-    """CPU generator for one use, e.g. `generator(seed, batch, rank)`; streams do not overlap."""
-    state = np.random.SeedSequence(counters).generate_state(1, np.uint64)
+def generator(*key: int | str) -> torch.Generator:
+    """CPU generator for one use, e.g. `generator("train", seed, batch, rank)`.
+
+    Different keys give different streams: the first word tells purposes apart.
+    """
+    numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    # SeedSequence pads with zeros, so the length is part of the key.
+    state = np.random.SeedSequence([len(key), *numbers]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import (
     Array3D,
     ClassLabel,
@@ -144,7 +147,7 @@ class Latents(Source):
                 f"found {len(parquet)} and {len(shards)}"
             )
         if parquet:
-            dataset = load_dataset("parquet", data_files=parquet, split="train")
+            dataset = read_parquet(parquet)
         else:
             dataset = read_shards(shards)
         return choose(DatasetDict(train=dataset), split, self.validation_share, self.path)
@@ -152,6 +155,8 @@ class Latents(Source):
 
 def choose(found: DatasetDict, split: Split, share: float, path: str) -> Dataset:
     """The wanted split, held out of the training images by a fixed shuffle where there is none."""
+    if "train" not in found:
+        raise ValueError(f"expected a folder train in {path}, found {', '.join(found)} alone")
     if not len(found["train"]):
         raise ValueError(f"no images found in {path}")
     if "validation" in found:
@@ -173,9 +178,9 @@ def read_idx(path: Path) -> np.ndarray:
         raise ValueError(f"expected the idx file {path}, which does not exist")
     try:
         raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(f"{path} is not an idx file of unsigned bytes")
     rank = raw[3]
     shape = np.frombuffer(raw, ">u4", rank, 4)
@@ -183,6 +188,22 @@ def read_idx(path: Path) -> np.ndarray:
     if values.size != shape.prod():
         raise ValueError(f"{path} promises {shape.prod()} values and holds {values.size}")
     return values.reshape(shape)
+
+
+def read_parquet(paths: list[str]) -> Dataset:
+    """Concatenate parquet shards of latents.
+
+    Raises:
+        ValueError: If a shard is unreadable, or lacks a column.
+    """
+    for path in paths:
+        try:
+            columns = set(pq.read_schema(path).names)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path} is not a whole parquet file: {error}") from error
+        if not {"latent", "label"} <= columns:
+            raise ValueError(f"expected columns latent and label in {path}, found {columns}")
+    return load_dataset("parquet", data_files=paths, split="train")
 
 
 def read_shards(paths: list[Path]) -> Dataset:
@@ -202,6 +223,15 @@ def read_shards(paths: list[Path]) -> Dataset:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         if not {"latents", "labels"} <= shard.keys():
             raise ValueError(f"expected tensors latents and labels in {path}, found {list(shard)}")
+        if len(shard["latents"]) != len(shard["labels"]):
+            raise ValueError(
+                f"{path} has {len(shard['latents'])} latents and {len(shard['labels'])} labels"
+            )
+        if latents and shard["latents"].shape[1:] != latents[0].shape[1:]:
+            raise ValueError(
+                f"expected latents of shape {latents[0].shape[1:]} as in {paths[0]}, "
+                f"got {shard['latents'].shape[1:]} in {path}"
+            )
         latents.append(shard["latents"].astype(np.float32))
         labels.append(shard["labels"].astype(np.int64))
     features = Features(

@@ -97,7 +97,7 @@ class TeacherSamples(Source):
                     self.schedule,
                     labels,
                     self.guidance_scale,
-                    generator=generator(self.seed, start),
+                    generator=generator("teacher", self.seed, start),
                     callback=lambda *_: bar.update(),
                 )
                 with replacing(folder / f"{start:06d}.safetensors") as temporary:
