@@ -177,9 +177,7 @@ def test_the_sanity_check_writes_nothing(config: dict[str, Any], tmp_path: Path)
 def test_only_a_router_training_exports_routers(tmp_path: Path) -> None:
     callback = ExportRouter(str(tmp_path / "router.safetensors"))
     with pytest.raises(ValueError, match="needs RouterTraining, got Linear"):
-        callback.on_validation_batch_start(
-            L.Trainer(accelerator="cpu", logger=False), torch.nn.Linear(1, 1)
-        )
+        callback.setup(L.Trainer(accelerator="cpu", logger=False), torch.nn.Linear(1, 1), "fit")
 
 
 # --- with weight averaging ---

@@ -32,6 +32,7 @@ class Spy(nn.Module):
     """
 
     null_label = 10
+    config = {"learn_sigma": True, "null_class": True}
 
     def __init__(self, answer: Tensor) -> None:
         super().__init__()

@@ -181,8 +181,8 @@ def test_bf16_mixed_precision_trains_nearly_the_same(
 
 
 def trained(config: dict[str, Any], folder: Path, **settings: Any) -> tuple[dict, dict]:
-    """Validation metrics before and after 60 steps of Adam."""
-    config["trainer"] |= {"limit_val_batches": 1.0, "max_steps": 60}
+    """Validation metrics before and after 100 steps of Adam."""
+    config["trainer"] |= {"limit_val_batches": 1.0, "max_steps": 100}
     config["trainer"] |= {"check_val_every_n_epoch": None, "val_check_interval": 1000}
     config["trainer"]["callbacks"] = []
     arguments = config["model"]["init_args"]

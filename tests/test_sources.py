@@ -386,7 +386,11 @@ def test_teacher_samples_are_samples_of_the_model(
     assert torch.cat([s["labels"] for s in shards]).tolist() == list(range(10))
     for start, shard in zip((0, 4, 8), shards, strict=True):
         expected = l2c.sample(
-            dit, l2c.Schedule.ddim(2), shard["labels"], 1.5, generator=generator(3, start)
+            dit,
+            l2c.Schedule.ddim(2),
+            shard["labels"],
+            1.5,
+            generator=generator("teacher", 3, start),
         )
         assert torch.equal(shard["latents"], expected)
 

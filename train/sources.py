@@ -146,10 +146,7 @@ class Latents(Source):
                 f"expected shards of one kind, *.parquet or *.safetensors, in {self.path}; "
                 f"found {len(parquet)} and {len(shards)}"
             )
-        if parquet:
-            dataset = read_parquet(parquet)
-        else:
-            dataset = read_shards(shards)
+        dataset = read_parquet(parquet) if parquet else read_shards(shards)
         return choose(DatasetDict(train=dataset), split, self.validation_share, self.path)
 
 
