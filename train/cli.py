@@ -54,6 +54,9 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # Lightning's own use of a PyTorch internal.
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    # Lightning knows only stateful loaders as resumable; the order of Images is a function of where
+    # the trainer stands.
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
     trainer_defaults: dict[str, Any] = {
         "use_distributed_sampler": False,  # Images deals the data out to the processes itself
         "callbacks": [Interrupt()],
