@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -73,7 +72,7 @@ class Loop:
             loss = self._published(g)
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return loss.item()
 
     def _published(self, g: torch.Generator) -> torch.Tensor:
         pair = self.objective.draw(self.model, self.schedule, self.batch, g)
@@ -91,14 +90,20 @@ def timed(loop: Loop, index: int) -> tuple[float, float]:
     return loss, time.perf_counter() - start
 
 
+def resident(field: str) -> int:
+    """Memory of this process in bytes, from Linux: VmRSS now, VmHWM at its highest."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+
+
 def peak(kind: str, batch: int, device: str, steps: int = 3) -> int:
     """Peak memory in bytes beyond what model, data and libraries take, in this process."""
     loop = Loop(kind, batch, device)
     if device == "cpu":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = resident("VmRSS")
         for index in range(steps):
             loop.step(index)
-        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        return resident("VmHWM") - before
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for index in range(steps):

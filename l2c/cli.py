@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"l2c {options.command}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # as in `l2c show FILE | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -59,14 +62,14 @@ def _show(options: Any) -> None:
 
     router = Router.load(options.router)
     plan = router.plan(options.threshold)
-    if options.json:
-        print(json.dumps(_described(router, options.threshold), indent=2))
-    else:
-        print(_text(router, options.threshold), plan, sep="\n\n")
     if options.png:
         from l2c.picture import draw_router
 
         draw_router(router, options.png)
+    if options.json:
+        print(json.dumps(_described(router, options.threshold), indent=2))
+    else:
+        print(_text(router, options.threshold), plan, sep="\n\n", flush=True)
 
 
 def _described(router: Router, threshold: float | None) -> dict[str, Any]:

@@ -47,23 +47,32 @@ def test_teacher_s_samples_are_recognised(teacher: l2c.DiT, judge: Judge) -> Non
         guidance_scale=1.5,
         generator=torch.Generator().manual_seed(0),
     )
-    # the bench says at least 0.90 of 2,000 at 50 steps; of 100 at 10 steps a tenth less is luck
-    assert judge.recognised(images, labels) > 0.8
+    # benchmarks/results/teacher.json has the figure of 2,000 samples at 20 steps; of 100 at 10
+    # steps a tenth less can be chance
+    (measured,) = json.loads((ROOT / "benchmarks/results/teacher.json").read_text())["rows"]
+    assert judge.recognised(images, labels) > measured["recognised"] - 0.1
 
 
 def test_judge_knows_how_many_images_it_stands_for(judge: Judge) -> None:
     assert int(judge.reference["count"]) == 10_000
 
 
-def test_cached_samples_stay_close_to_the_uncached_ones(teacher: l2c.DiT) -> None:
+def test_learnt_gates_beat_the_same_gates_in_other_places(teacher: l2c.DiT) -> None:
     router = l2c.Router.load(CHECKPOINTS / "fashion_mnist_dit_ddim_20.safetensors", teacher)
-    labels = list(range(10))
+    learnt = router.plan()
+    compute = torch.tensor(learnt.compute)
+    decided = compute[router.gated].flatten()
+    order = torch.randperm(len(decided), generator=torch.Generator().manual_seed(0))
+    compute[router.gated] = decided[order].view(-1, len(router.sites))
+    shuffled = l2c.Plan.of(compute, router.sites)
+    assert shuffled.reused == learnt.reused
+
     noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    plain = l2c.sample(teacher, router.schedule, labels, 1.5, latents=noise)
-    fast = l2c.sample(teacher, router.schedule, labels, 1.5, router=router, latents=noise)
-    steps = round(20 * router.plan().share)
-    fewer = l2c.sample(teacher, l2c.Schedule.ddim(steps), labels, 1.5, latents=noise)
-    assert 0 < (fast - plain).square().mean() < (fewer - plain).square().mean()
+    plain, close, far = (
+        l2c.sample(teacher, router.schedule, range(10), 1.5, latents=noise, plan=plan)
+        for plan in (None, learnt, shuffled)
+    )
+    assert 0 < (close - plain).square().mean() < 0.5 * (far - plain).square().mean()
 
 
 def test_large_files_stay_small() -> None:

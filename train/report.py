@@ -88,10 +88,13 @@ def compare(
     cuda = next(model.parameters()).is_cuda
     total = len(starts) * sum(way.evaluations for way in chosen.values())
     with tqdm(total=total, desc="Comparing samples", unit="evaluation") as bar:
-        for start in starts:
+        for turn, start in enumerate(starts):
             part = labels[start : start + batch]
             noise = initial_latents(model, len(part), generator("compare", seed, start))
-            for name, way in chosen.items():
+            names = list(chosen)
+            # Another way goes first in every batch: whoever follows a change of way pays for it.
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                way = chosen[name]
                 begun = time.perf_counter()
                 drawn = way.draw(part, noise)
                 if cuda:
