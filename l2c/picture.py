@@ -38,8 +38,13 @@ def router_figure(router: Router) -> Figure:
     image = heat.imshow(scores.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
     for row in (~router.gated).nonzero().flatten().tolist():
         heat.axhspan(row - 0.5, row + 0.5, facecolor="0.93", edgecolor="0.8", hatch="////", lw=0)
-    heat.set_xlabel("site, by kind and block")
+    blocks = [router.sites[k].name.split(".")[-2] for k in order]
+    every = max(1, columns // 20)
+    labelled = [i for i, block in enumerate(blocks) if int(block) % every == 0]
+    heat.set_xticks(labelled, [blocks[i] for i in labelled])
+    heat.set_xlabel("block")
     heat.set_ylabel("evaluation (first: most noise)")
+    heat.yaxis.get_major_locator().set_params(integer=True)
     starts = [i for i, k in enumerate(order) if i == 0 or kinds[k] != kinds[order[i - 1]]]
     for start, end in zip(starts, [*starts[1:], columns], strict=True):
         heat.text((start + end - 1) / 2, -0.9, kinds[order[start]], ha="center", va="bottom")
@@ -48,7 +53,7 @@ def router_figure(router: Router) -> Figure:
     figure.colorbar(image, ax=heat, label=f"score (computed above {router.threshold:g})")
     bars.barh(range(rows), [100 * share for share in plan.shares], color="0.45", height=0.8)
     bars.set_xlim(0, 100)
-    bars.set_xlabel("computed, % of MACs")
+    bars.set_xlabel("% computed")
     bars.set_title(f"{plan.share:.0%} in all", fontsize=10)
     figure.suptitle(f"{router.identity.backbone}, {router.schedule}", fontsize=11)
     return figure
