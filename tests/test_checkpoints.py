@@ -57,22 +57,27 @@ def test_judge_knows_how_many_images_it_stands_for(judge: Judge) -> None:
     assert int(judge.reference["count"]) == 10_000
 
 
-def test_learnt_gates_beat_the_same_gates_in_other_places(teacher: l2c.DiT) -> None:
+def test_learnt_gates_beat_as_many_in_random_places(teacher: l2c.DiT) -> None:
     router = l2c.Router.load(CHECKPOINTS / "fashion_mnist_dit_ddim_20.safetensors", teacher)
     learnt = router.plan()
-    compute = torch.tensor(learnt.compute)
-    decided = compute[router.gated].flatten()
-    order = torch.randperm(len(decided), generator=torch.Generator().manual_seed(0))
-    compute[router.gated] = decided[order].view(-1, len(router.sites))
-    shuffled = l2c.Plan.of(compute, router.sites)
-    assert shuffled.reused == learnt.reused
-
     noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    plain, close, far = (
-        l2c.sample(teacher, router.schedule, range(10), 1.5, latents=noise, plan=plan)
-        for plan in (None, learnt, shuffled)
-    )
-    assert 0 < (close - plain).square().mean() < 0.5 * (far - plain).square().mean()
+
+    def samples(plan: l2c.Plan | None) -> torch.Tensor:
+        return l2c.sample(teacher, router.schedule, range(10), 1.5, latents=noise, plan=plan)
+
+    def shuffled(seed: int) -> l2c.Plan:
+        compute = torch.tensor(learnt.compute)
+        decided = compute[router.gated].flatten()
+        order = torch.randperm(len(decided), generator=torch.Generator().manual_seed(seed))
+        compute[router.gated] = decided[order].view(-1, len(router.sites))
+        return l2c.Plan.of(compute, router.sites)
+
+    plain = samples(None)
+    errors = [
+        float((samples(plan) - plain).square().mean())
+        for plan in (learnt, *(shuffled(seed) for seed in range(3)))
+    ]
+    assert 0 < errors[0] < min(errors[1:])
 
 
 def test_large_files_stay_small() -> None:
