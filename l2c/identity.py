@@ -57,7 +57,7 @@ def fingerprint(model: nn.Module) -> str:
     which is quick to see on the model's own device.
     """
     state = model.state_dict()
-    stamp = tuple(_stamp(value) for value in state.values())
+    stamp = _stamp(state)
     if model in _known and _known[model][0] == stamp:
         return _known[model][1]
     digest = hashlib.sha256()
@@ -71,10 +71,15 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _stamp(value: Tensor) -> tuple[Any, ...]:
+def _stamp(state: Mapping[str, Tensor]) -> tuple[Any, ...]:
     # The version tells of ordinary changes in place; the sums, one of them weighted by position,
-    # of those through `.data`, which tell nobody.
-    version = None if value.is_inference() else value._version
-    flat = value.flatten().float()
-    weights = torch.linspace(-1, 1, flat.numel(), device=flat.device)
-    return value.data_ptr(), version, value.dtype, float(flat.sum()), float(flat @ weights)
+    # of those through `.data`, which tell nobody. One transfer brings all sums from the device.
+    places = [
+        (v.data_ptr(), None if v.is_inference() else v._version, v.dtype) for v in state.values()
+    ]
+    sums = []
+    for value in state.values():
+        flat = value.flatten().float()
+        weights = torch.linspace(-1, 1, flat.numel(), device=flat.device)
+        sums += [flat.sum(), flat @ weights]
+    return (*places, *(torch.stack(sums).tolist() if sums else ()))

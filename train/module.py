@@ -162,9 +162,7 @@ class RouterTraining(L.LightningModule):
         """Take the router that is validated: the averaged one, if weights are averaged."""
         self.validated = self.router()
         self.log("val/share", self.plan().share, prog_bar=True)
-        scores = torch.stack([self.weights(int(row)) for row in self.logits])
-        unsaturated = ((scores > 0.05) & (scores < 0.95)).float().mean()
-        self.log("val/unsaturated", unsaturated)
+        self.log("val/unsaturated", self.validated.unsaturated)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Samples by the plan against samples without it, from the same noise."""
