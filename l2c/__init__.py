@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from l2c.cache import cached as cached
     from l2c.dit import DiT as DiT
     from l2c.loading import load as load
+    from l2c.noise import Flow as Flow
     from l2c.noise import Noise as Noise
     from l2c.plan import Plan as Plan
     from l2c.router import Router as Router
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from l2c.site import Site as Site
     from l2c.site import Sites as Sites
     from l2c.site import sites as sites
+    from l2c.uvit import UViT as UViT
 
 _HOMES = {
     "cached": "cache",
     "DiT": "dit",
+    "Flow": "noise",
     "load": "loading",
     "Noise": "noise",
     "Plan": "plan",
@@ -35,6 +38,7 @@ _HOMES = {
     "Site": "site",
     "Sites": "site",
     "sites": "site",
+    "UViT": "uvit",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 

@@ -23,7 +23,7 @@ class Family:
     """How the blocks of one backbone class are laid out.
 
     Args:
-        containers: Names of the module lists that hold the blocks, in calling order.
+        containers: Names of the blocks, or of the module lists that hold them, in calling order.
         anchors: Site name within a block -> the block's method that computes its output.
     """
 
@@ -33,6 +33,9 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "DiT": Family(("blocks",), {"attn": "attention", "mlp": "feedforward"}),
+    "UViT": Family(
+        ("in_blocks", "mid_block", "out_blocks"), {"attn": "attention", "mlp": "feedforward"}
+    ),
 }
 
 
@@ -58,15 +61,22 @@ def anchors(model: nn.Module) -> tuple[Anchor, ...]:
         )
     family = FAMILIES[name]
     found = [
-        Anchor(f"{container}.{i}.{site}", block, attribute)
+        Anchor(f"{name}.{site}", block, attribute)
         for container in family.containers
-        for i, block in enumerate(model.get_submodule(container).children())
+        for name, block in _blocks(model, container)
         for site, attribute in family.anchors.items()
         if hasattr(block, attribute)
     ]
     if not found:
         raise ValueError(f"no site matched in this {name}: it has no blocks")
     return tuple(found)
+
+
+def _blocks(model: nn.Module, container: str) -> list[tuple[str, nn.Module]]:
+    found = model.get_submodule(container)
+    if not isinstance(found, nn.ModuleList):
+        return [(container, found)]
+    return [(f"{container}.{i}", block) for i, block in enumerate(found)]
 
 
 @contextmanager

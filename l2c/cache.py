@@ -18,30 +18,49 @@ class Cache:
 
     Args:
         plan: What each evaluation computes.
+        streams: How many calls of the model make up an evaluation, each with outputs of its own:
+            2 where the conditional and the unconditional prediction are separate calls.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, streams: int = 1) -> None:
+        if streams < 1:
+            raise ValueError(f"expected streams of at least 1, got {streams}")
         self.plan = plan
-        self.outputs: dict[int, Any] = {}
-        self.evaluation = 0
+        self.streams: tuple[dict[int, Any], ...] = tuple({} for _ in range(streams))
+        self.calls = 0
         self._running = False
         self._shape: tuple[int, ...] | None = None
 
+    @property
+    def evaluation(self) -> int:
+        """The evaluation that comes next, or of which calls are still to come."""
+        return self.calls // len(self.streams)
+
+    @property
+    def outputs(self) -> dict[int, Any]:
+        """The kept outputs that the next call may reuse, by site index."""
+        return self.streams[self.calls % len(self.streams)]
+
     def reset(self) -> None:
         """Forget everything and start at evaluation 0: call it between generations."""
-        self.outputs.clear()
-        self.evaluation = 0
+        self.clear()
+        self.calls = 0
         self._running = False
         self._shape = None
 
+    def clear(self) -> None:
+        """Let go of the kept outputs."""
+        for outputs in self.streams:
+            outputs.clear()
+
     def wrap_forward(self, forward: Call) -> Call:
-        """Count the model's calls as evaluations."""
+        """Count the model's calls."""
 
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             self._begin(next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None))
             out = forward(*args, **kwargs)
             self._running = False
-            self.evaluation += 1
+            self.calls += 1
             return out
 
         return evaluate
@@ -58,7 +77,7 @@ class Cache:
                 "call cache.reset() between generations, or use a plan of the right length"
             )
         shape = None if latents is None else tuple(latents.shape)
-        if self.evaluation and shape != self._shape:
+        if self.calls and shape != self._shape:
             raise ValueError(
                 f"expected inputs of shape {self._shape} as in evaluation 0, got {shape} in "
                 f"evaluation {self.evaluation}; call cache.reset() to start another generation"
@@ -70,28 +89,31 @@ class Cache:
         """Compute the site or give its kept output, as the plan says for this evaluation."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self.plan.compute[self.evaluation][index]:
+            row, outputs = self.evaluation, self.outputs
+            if self.plan.compute[row][index]:
                 out = call(*args, **kwargs)
-                if self.plan.held[self.evaluation][index]:
-                    self.outputs[index] = out
+                if self.plan.held[row][index]:
+                    outputs[index] = out
                 return out
-            if self.plan.held[self.evaluation][index]:
-                return self.outputs[index]
-            return self.outputs.pop(index)  # nothing reads it again
+            if self.plan.held[row][index]:
+                return outputs[index]
+            return outputs.pop(index)  # nothing reads it again
 
         return run
 
 
 @contextmanager
-def cached(model: nn.Module, plan: Plan) -> Iterator[Cache]:
+def cached(model: nn.Module, plan: Plan, streams: int = 1) -> Iterator[Cache]:
     """Run a model by a plan inside a `with` block; on exit, also by an error, it is as before.
 
-    Every call of the model is one evaluation of the plan. One generation runs at a time; call
-    `reset()` on the yielded cache before the next one.
+    Every `streams` calls of the model are one evaluation of the plan. One generation runs at a
+    time; call `reset()` on the yielded cache before the next one.
 
     Args:
         model: A backbone whose sites are the plan's.
         plan: What each evaluation computes.
+        streams: Calls per evaluation, which come in the same order every time and share no
+            output: 2 for guidance in two calls, conditional and unconditional.
 
     Raises:
         ValueError: If the plan is for other sites, or the model is cached already.
@@ -104,9 +126,9 @@ def cached(model: nn.Module, plan: Plan) -> Iterator[Cache]:
             f"{len(plan.sites)} sites {plan.sites[0].name} to "
             f"{plan.sites[len(plan.sites) - 1].name}"
         )
-    cache = Cache(plan)
+    cache = Cache(plan, streams)
     try:
         with attached(model, cache.wrap_site, cache.wrap_forward):
             yield cache
     finally:
-        cache.outputs.clear()
+        cache.clear()

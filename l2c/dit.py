@@ -6,16 +6,15 @@ they are. Shapes: B batch, C channels, H height (= width), T tokens, D hidden si
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
+
+from l2c.backbone import Backbone, check_sizes, depth_of, heads_of, sinusoidal
+from l2c.noise import Noise
 
 SIZES: Mapping[str, dict[str, int]] = {
     "DiT-S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
@@ -43,10 +42,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps, [B] -> [B, D]."""
-        half = self.num_features // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)[None]
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        features = sinusoidal(t, self.num_features)
         embedded: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
         return embedded
 
@@ -117,11 +113,8 @@ class FinalLayer(nn.Module):
         return out
 
 
-class DiT(nn.Module, PyTorchModelHubMixin):
+class DiT(Backbone):
     """Diffusion transformer (Peebles & Xie, ICCV 2023), class-conditional, with adaLN-Zero.
-
-    `from_pretrained(dir_or_hub_id)`, `save_pretrained(dir)` and `push_to_hub(id)` read and write
-    config.json and model.safetensors; `l2c.load` also reads official checkpoints.
 
     Args:
         input_size: Height and width of the latent (or image), in elements.
@@ -139,6 +132,14 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         ValueError: If the sizes do not divide.
     """
 
+    layout: ClassVar[Mapping[str, int]] = {
+        "pos_embed": 3,
+        "x_embedder.proj.weight": 4,
+        "y_embedder.embedding_table.weight": 2,
+        "blocks.0.mlp.fc1.weight": 2,
+        "final_layer.linear.weight": 2,
+    }
+
     def __init__(
         self,
         input_size: int = 32,
@@ -153,12 +154,14 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         null_class: bool = True,
     ) -> None:
         super().__init__()
-        if min(input_size, patch_size, in_channels, hidden_size, num_heads, num_classes) < 1:
-            raise ValueError(
-                "expected sizes of at least 1, got "
-                f"input_size={input_size}, patch_size={patch_size}, in_channels={in_channels}, "
-                f"hidden_size={hidden_size}, num_heads={num_heads}, num_classes={num_classes}"
-            )
+        check_sizes(
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_classes=num_classes,
+        )
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         if hidden_size % num_heads:
@@ -183,6 +186,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes = num_classes
         self.null_label = num_classes if null_class else None
+        self.noise = Noise()
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -209,10 +213,24 @@ class DiT(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"unknown DiT {name!r}; known are {known}")
         return cls(**{**SIZES[size], "patch_size": int(patch), **overrides})
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
-        described = {"_class_name": type(self).__name__, **self.config}
-        (save_directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    @classmethod
+    def infer_config(cls, state: Mapping[str, Tensor], **given: Any) -> dict[str, Any]:
+        """The constructor's arguments from the shapes in an official state dict."""
+        hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        depth = depth_of(state, "blocks")
+        found = {
+            "input_size": round(state["pos_embed"].shape[1] ** 0.5) * patch,
+            "patch_size": patch,
+            "in_channels": channels,
+            "hidden_size": hidden,
+            "depth": depth,
+            "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
+            "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+            "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * channels * patch**2,
+        }
+        if "num_heads" not in given:
+            found["num_heads"] = heads_of(SIZES, hidden, depth)
+        return {**found, **given}
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -230,12 +248,6 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         for linear in [module.adaLN_modulation[1] for module in zeroed] + [self.final_layer.linear]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-
-    def example_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Arguments of `forward` for one sample, on the default device."""
-        size = self.input_size
-        x = torch.zeros(1, self.in_channels, size, size)
-        return x, torch.zeros(1), torch.zeros(1, dtype=torch.long)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Patches [B, T, patch * patch * C] to images [B, C, H, H]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from l2c.dit import SIZES, DiT
+from l2c.backbone import Backbone
+from l2c.dit import DiT
+from l2c.uvit import UViT
 
-BACKBONES = {"DiT": DiT}
+BACKBONES: dict[str, type[Backbone]] = {"DiT": DiT, "UViT": UViT}
 
 
 def load(path: str | Path, **config: Any) -> Any:
@@ -23,9 +24,9 @@ def load(path: str | Path, **config: Any) -> Any:
 
     Args:
         path: A folder or hub id with config.json and model.safetensors, or a file (.pt, .pth,
-            .safetensors) holding a state dict in the official DiT layout.
-        config: Settings that an official file does not tell, e.g. `num_heads` of a DiT of no
-            published size.
+            .safetensors) holding a state dict in the official layout of DiT or U-ViT.
+        config: Settings that an official file does not tell, e.g. `num_heads` of a model of no
+            published size, or `null_class=False` of a U-ViT trained without label dropout.
 
     Raises:
         ValueError: If nothing is there, or the weights do not fit.
@@ -70,17 +71,32 @@ def _download(repository: str, name: str) -> Path:
         ) from error
 
 
-def _load_official(path: Path, config: dict[str, Any]) -> DiT:
+def _load_official(path: Path, config: dict[str, Any]) -> Any:
     state = _read_state(path)
-    settings = {**infer_config(state, str(path)), **config}
-    if "num_heads" not in settings:
-        raise ValueError(
-            f"{path} has hidden size {settings['hidden_size']} and depth {settings['depth']}, no "
-            f"published DiT ({', '.join(SIZES)}); give num_heads=..."
-        )
-    filled: DiT = _fill(_empty(DiT, settings, str(path)), state, str(path))
+    backbone = _recognised(state, path)
+    for key, rank in backbone.layout.items():
+        if state[key].ndim != rank:
+            raise ValueError(
+                f"expected {key} of {rank} dimensions in {path}, got {tuple(state[key].shape)}"
+            )
+    try:
+        settings = backbone.infer_config(state, **config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    filled = _fill(_empty(backbone, settings, str(path)), state, str(path))
     filled.pos_embed.requires_grad_(False)
     return filled
+
+
+def _recognised(state: dict[str, Tensor], path: Path) -> type[Backbone]:
+    lacking = {
+        name: sorted(backbone.layout.keys() - state.keys()) for name, backbone in BACKBONES.items()
+    }
+    for name, keys in lacking.items():
+        if not keys:
+            return BACKBONES[name]
+    missing = "; ".join(f"for {name} it lacks {', '.join(keys)}" for name, keys in lacking.items())
+    raise ValueError(f"expected a state dict in an official layout in {path}: {missing}")
 
 
 def _empty(backbone: Any, settings: dict[str, Any], path: str) -> Any:
@@ -115,45 +131,3 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"expected a state dict of tensors in {path}, or one under `ema`")
     return state
-
-
-def infer_config(state: dict[str, Tensor], path: str) -> dict[str, Any]:
-    """The configuration of a DiT from the shapes in its state dict.
-
-    Raises:
-        ValueError: If a key is missing, or has another number of dimensions than in a DiT.
-    """
-    needed = {
-        "pos_embed": 3,
-        "x_embedder.proj.weight": 4,
-        "y_embedder.embedding_table.weight": 2,
-        "blocks.0.mlp.fc1.weight": 2,
-        "final_layer.linear.weight": 2,
-    }
-    if not needed.keys() <= state.keys():
-        raise ValueError(
-            f"expected a state dict in the official DiT layout in {path}; it lacks "
-            f"{', '.join(sorted(needed.keys() - state.keys()))}"
-        )
-    for key, rank in needed.items():
-        if state[key].ndim != rank:
-            raise ValueError(
-                f"expected {key} of {rank} dimensions in {path}, got {tuple(state[key].shape)}"
-            )
-    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    blocks = (re.match(r"blocks\.(\d+)\.", key) for key in state)
-    depth = 1 + max(int(block[1]) for block in blocks if block)
-    config: dict[str, Any] = {
-        "input_size": round(state["pos_embed"].shape[1] ** 0.5) * patch,
-        "patch_size": patch,
-        "in_channels": channels,
-        "hidden_size": hidden,
-        "depth": depth,
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
-        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * channels * patch**2,
-    }
-    for size in SIZES.values():
-        if (size["hidden_size"], size["depth"]) == (hidden, depth):
-            config["num_heads"] = size["num_heads"]
-    return config

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from l2c.schedule import Schedule
 from l2c.site import Sites
 
 
@@ -61,13 +62,33 @@ class Plan:
         return cls.every(1, evaluations, sites)
 
     @classmethod
-    def every(cls, interval: int, evaluations: int, sites: Sites) -> Plan:
-        """Compute everything in every `interval`-th evaluation and nothing in between (FORA)."""
-        if interval < 1 or evaluations < 1:
+    def every(cls, interval: int, evaluations: int | Schedule, sites: Sites) -> Plan:
+        """Compute everything in every `interval`-th evaluation and nothing in between (FORA).
+
+        Args:
+            interval: Distance of the evaluations that compute.
+            evaluations: Their number, or the schedule. A solver with two evaluations per step
+                takes their difference, so they must not share a cache: with its schedule both of
+                the first step compute, and counting starts at the second (Learning-to-Cache,
+                appendix B.1: with an interval of 2, evaluations 2, 4, 6, ... reuse).
+            sites: The sites.
+
+        Raises:
+            ValueError: If a number is below 1, or both evaluations of a step would share a cache.
+        """
+        shift = 0 if isinstance(evaluations, int) else evaluations.evaluations_per_step - 1
+        count = evaluations if isinstance(evaluations, int) else len(evaluations)
+        if interval < 1 or count < 1:
             raise ValueError(
-                f"expected interval and evaluations of at least 1, got {interval} and {evaluations}"
+                f"expected interval and evaluations of at least 1, got {interval} and {count}"
             )
-        rows = (row % interval == 0 for row in range(evaluations))
+        if shift and interval > 2:
+            raise ValueError(
+                f"with {shift + 1} evaluations per step an interval of {interval} makes the two of "
+                "a step share a cache; take interval 2, or give the number of evaluations in place "
+                "of the schedule to space them all alike"
+            )
+        rows = (row < shift or (row - shift) % interval == 0 for row in range(count))
         return cls(tuple((full,) * len(sites) for full in rows), sites)
 
     def __len__(self) -> int:

@@ -29,6 +29,7 @@ def sample(
     labels: Tensor | Sequence[int],
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
+    guidance_calls: int = 1,
     *,
     # caching
     router: Router | str | Path | None = None,
@@ -49,12 +50,14 @@ def sample(
 
     Args:
         model: A backbone of l2c, e.g. from `l2c.load`.
-        schedule: Solver and evaluations.
+        schedule: Solver and evaluations, for noise like the model's.
         labels: Class labels, [B].
-        guidance_scale: Classifier-free guidance, `uncond + scale * (cond - uncond)`, in one batch
-            of twice the size; 1 for none.
+        guidance_scale: Classifier-free guidance, `uncond + scale * (cond - uncond)`; 1 for none.
+            U-ViT's scales are one less: its published 0.4 is 1.4 here.
         guidance_channels: Guide only the first so many channels, as the original DiT does with
             3 of 4; None for all.
+        guidance_calls: 1 to put both predictions of guidance into one batch of twice the size, 2
+            to call the model twice, each with a cache of its own, which needs half the memory.
         router: A router or its file; refused where it does not fit model, schedule or guidance.
         plan: A plan in place of a router.
         generator: A CPU or device generator for the noise, or one per sample.
@@ -71,6 +74,9 @@ def sample(
         ValueError: If an argument does not fit the model, or the router does not fit the run.
     """
     labels = _check_labels(model, labels, guidance_scale)
+    check_noise(model, schedule)
+    if guidance_calls not in (1, 2):
+        raise ValueError(f"expected guidance_calls of 1 or 2, got {guidance_calls}")
     if router is not None and plan is not None:
         raise ValueError("expected a router or a plan, got both; router.plan() gives its plan")
     if isinstance(router, (str, Path)):
@@ -99,40 +105,62 @@ def sample(
     done = []
     with tqdm(total=batches * len(schedule), disable=not progress, unit="evaluation") as bar:
 
-        def step(row: int, t: int, now: Tensor) -> None:
+        def step(row: int, t: float, now: Tensor) -> None:
             if callback is not None:
                 callback(row, t, now)
             bar.update()
 
         for start in range(0, len(labels), size):
             part = labels[start : start + size].to(weight.device)
-            predict = _Predict(model, part, guidance_scale, guidance_channels)
+            predict = _Predict(model, part, guidance_scale, guidance_channels, guidance_calls)
             noise = x[start : start + size].to(weight.device)
-            with nullcontext() if plan is None else cached(model, plan):
+            with nullcontext() if plan is None else cached(model, plan, predict.calls):
                 result = solve(schedule, noise, predict, step)
             done.append(result if vae is None else decode(vae, result))
     return torch.cat(done)
 
 
 class _Predict:
-    """The guided noise prediction of a model for fixed labels."""
+    """The guided prediction of a model for fixed labels."""
 
     def __init__(
-        self, model: Any, labels: Tensor, guidance_scale: float, guidance_channels: int | None
+        self,
+        model: Any,
+        labels: Tensor,
+        guidance_scale: float,
+        guidance_channels: int | None,
+        calls: int,
     ) -> None:
         self.model = model
         self.scale = guidance_scale
         self.channels = guidance_channels
         self.guided = guidance_scale != 1.0
+        self.calls = calls if self.guided else 1
         self.dtype = next(model.parameters()).dtype
-        null = torch.full_like(labels, model.null_label) if self.guided else None
-        self.labels = labels if null is None else torch.cat([labels, null])
+        self.labels = [labels]
+        if self.guided:
+            self.labels.append(torch.full_like(labels, model.null_label))
+        if self.calls == 1:
+            self.labels = [torch.cat(self.labels)]
 
-    def __call__(self, x: Tensor, t: int) -> Tensor:
-        inputs = torch.cat([x, x]) if self.guided else x
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        inputs = torch.cat([x, x]) if self.guided and self.calls == 1 else x
         times = torch.full((len(inputs),), t, device=x.device)
-        out = self.model(inputs.to(self.dtype), times, self.labels)[:, : x.shape[1]].float()
+        out = torch.cat(
+            [self.model(inputs.to(self.dtype), times, labels) for labels in self.labels]
+        )
+        out = out[:, : x.shape[1]].float()
         return guide(out, self.scale, self.channels) if self.guided else out
+
+
+def check_noise(model: Any, schedule: Schedule) -> None:
+    """Raise a ValueError if a schedule is for another forward process than the model's."""
+    if model.noise != schedule.noise:
+        raise ValueError(
+            f"expected a schedule of this {type(model).__name__}'s noise {model.noise}, got one of "
+            f"{schedule.noise}; give noise=model.noise where the schedule is made, or set "
+            "model.noise if the model was trained otherwise"
+        )
 
 
 def guide(out: Tensor, scale: float, channels: int | None = None) -> Tensor:
@@ -186,7 +214,7 @@ def _check_labels(model: Any, labels: Tensor | Sequence[int], guidance_scale: fl
         raise ValueError(f"expected a finite guidance_scale, got {guidance_scale}")
     if labels.ndim != 1 or not len(labels):
         raise ValueError(f"expected labels of shape [B], B > 0, got {tuple(labels.shape)}")
-    highest = model.num_classes - 1 if model.null_label is None else model.null_label
+    highest = model.null_label or max(0, model.num_classes - 1)
     if int(labels.min()) < 0 or int(labels.max()) > highest:
         raise ValueError(
             f"expected labels between 0 and {highest}, "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+import l2c
 from l2c.noise import Noise
 from train.data import Batch
 from train.seeding import batches_done, generator
@@ -19,22 +20,27 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class DiffusionTraining(L.LightningModule):
-    """Trains a noise-predicting, class-conditional transformer with learned variances.
+    """Trains a noise-predicting transformer, with learned variances where the backbone has them.
 
-    Loss: the hybrid objective of Nichol & Dhariwal 2021 (section 3.1), as DiT was trained: the
-    error of the predicted noise, plus the variational bound of a random timestep's transition,
-    which only the predicted variance learns from.
+    Loss: the error of the predicted noise (Ho et al. 2020, eq. 14), and for a backbone with
+    `learn_sigma` the variational bound of a random timestep's transition as well, which only the
+    predicted variance learns from (Nichol & Dhariwal 2021, section 3.1), as DiT was trained.
 
     Args:
-        backbone: The model to train.
+        backbone: The model to train; its `noise` is the forward process.
         optimizer: Optimizer of the backbone's parameters; AdamW by default.
         warmup_steps: Optimizer steps of linear warm-up; the learning rate then falls to 0 in half
             a cosine over the rest of the training.
         label_dropout: Share of the labels replaced by the null label, for guidance.
+        max_weight: Weight the noise error by 1 / acp_t, at most so much, and scale the weights to
+            a mean of 1. 1 is the plain loss; without a limit it is the error of the velocity
+            (Salimans & Ho 2022, appendix D), which lets noisy timesteps, where the contents of a
+            sample are decided, count as much as clean ones.
+        initial: A folder written by `save_pretrained` to take the initial weights from.
         seed: Seed of noise, timesteps and dropped labels.
 
     Raises:
-        ValueError: If the backbone predicts no variance, or has no null class to drop labels to.
+        ValueError: If there are labels to drop and no null class.
     """
 
     def __init__(
@@ -43,22 +49,30 @@ class DiffusionTraining(L.LightningModule):
         optimizer: OptimizerFactory | None = None,
         warmup_steps: int = 0,
         label_dropout: float = 0.1,
+        max_weight: float = 1.0,
+        initial: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         config = getattr(backbone, "config", {})
-        if not config.get("learn_sigma") or (label_dropout and not config.get("null_class")):
+        if label_dropout and not config.get("null_class"):
             raise ValueError(
-                "expected a backbone with learn_sigma, and with null_class or label_dropout 0, got "
-                f"learn_sigma={config.get('learn_sigma')}, null_class={config.get('null_class')}, "
-                f"label_dropout {label_dropout}"
+                "expected a backbone with null_class, or label_dropout 0, got "
+                f"null_class={config.get('null_class')}, label_dropout {label_dropout}"
             )
+        if max_weight < 1:
+            raise ValueError(f"expected max_weight of at least 1, got {max_weight}")
+        if initial is not None:
+            backbone.load_state_dict(l2c.load(initial).state_dict())
         self.backbone: Any = backbone
         self.optimizer_factory = optimizer or torch.optim.AdamW
         self.warmup_steps = warmup_steps
         self.label_dropout = label_dropout
         self.seed = seed
-        self.noise = Noise()
+        self.noise: Noise = self.backbone.noise
+        self.learn_sigma = bool(config.get("learn_sigma"))
+        weights = (1 / self.noise.alphas_cumprod).clamp(max=max_weight)
+        self.timestep_weights = (weights / weights.mean()).float()
 
     def configure_optimizers(self) -> Any:
         """The optimizer, its learning rate stepped after every batch."""
@@ -78,37 +92,44 @@ class DiffusionTraining(L.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """One batch at stratified random timesteps."""
         g = generator("train", self.seed, batches_done(self.trainer), self.global_rank)
-        simple, bound = self.losses(batch, g)
-        self.log_dict({"train/mse": simple, "train/bound": bound}, prog_bar=True)
-        return simple + bound
+        losses = self.losses(batch, g)
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True)
+        return torch.stack(list(losses.values())).sum()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """The same losses with noise that is the same in every validation."""
-        simple, bound = self.losses(batch, generator("validate", self.seed, batch_index))
-        self.log_dict({"val/mse": simple, "val/bound": bound, "val/loss": simple + bound})
+        losses = self.losses(batch, generator("validate", self.seed, batch_index))
+        self.log_dict({f"val/{name}": value for name, value in losses.items()})
+        self.log("val/loss", torch.stack(list(losses.values())).sum())
 
-    def losses(self, batch: Batch, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise error and variational bound (bits per dimension times timesteps / 1000)."""
+    def losses(self, batch: Batch, g: torch.Generator) -> dict[str, Tensor]:
+        """`mse` of the noise and, of a learned variance, `bound` (bits/dim * timesteps / 1000)."""
         clean, labels = batch["latents"], batch["labels"]
         size, device = len(clean), clean.device
         # One timestep from each of `size` equal strata: less variance than independent ones.
         strata = (torch.arange(size) + torch.rand(size, generator=g)) / size
-        t = (strata * self.noise.timesteps).long().to(device)
+        index = (strata * self.noise.timesteps).long()
+        t = (index + self.noise.first).to(device)
         eps = torch.randn(clean.shape, generator=g).to(device)
         dropped = (torch.rand(size, generator=g) < self.label_dropout).to(device)
         if self.label_dropout:
             labels = labels.masked_fill(dropped, self.backbone.null_label)
         noisy = self.noise.add(clean, eps, t)
         output = self.backbone(noisy, t, labels).float()
-        predicted, variance = output.chunk(2, dim=1)
-        simple = (predicted - eps).square().mean()
-        bound = self.bound(clean, noisy, t, predicted.detach(), variance).mean()
-        return simple, bound * self.noise.timesteps / 1000
+        predicted = output[:, : clean.shape[1]]
+        squares = (predicted - eps).square().mean(dim=(1, 2, 3))
+        losses = {"mse": (squares * self.timestep_weights[index].to(device)).mean()}
+        if self.learn_sigma:
+            variance = output[:, clean.shape[1] :]
+            bound = self.bound(clean, noisy, index, predicted.detach(), variance).mean()
+            losses["bound"] = bound * self.noise.timesteps / 1000
+        return losses
 
     def bound(self, clean: Tensor, noisy: Tensor, t: Tensor, eps: Tensor, v: Tensor) -> Tensor:
         """Bits per dimension of q(x_{t-1} | x_t, x_0) under the model's transition, shape [B].
 
-        `v` in [-1, 1] interpolates the log variance between its bounds (Improved DDPM, eq. 15).
+        `t` counts from 0; `v` in [-1, 1] interpolates the log variance between its bounds
+        (Improved DDPM, eq. 15).
         """
         acp = self.noise.alphas_cumprod
         beta = self.noise.beta

@@ -57,7 +57,8 @@ class RouterTraining(L.LightningModule):
         super().__init__()
         self.frozen = Frozen(backbone)
         self.sites = sites(self.frozen.model)
-        self.schedule = Schedule.of(solver, evaluations, **(solver_options or {}))
+        options = {"noise": self.frozen.model.noise, **(solver_options or {})}
+        self.schedule = Schedule.of(solver, evaluations, **options)
         self.objective = objective or Pairs()
         self.optimizer_factory = optimizer or torch.optim.AdamW
         self.threshold = threshold

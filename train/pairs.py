@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from l2c.schedule import Schedule
-from l2c.solvers import ddim_step
+from l2c.solvers import solver
 from train.data import Batch
 from train.gates import gated
 
@@ -39,44 +39,60 @@ class PairLoss:
 
 
 class Pairs:
-    """The objective of Learning-to-Cache (Ma et al., NeurIPS 2024, eq. 9 and algorithm 1) for DDIM.
+    """The objective of Learning-to-Cache (Ma et al., NeurIPS 2024, eq. 9 and algorithm 1).
 
-    Counted from the last denoising step, 0, odd evaluations compute everything and even ones are
-    gated. A pair is drawn; the data is noised to the timestep of its full evaluation; one DDIM
-    step with that evaluation's unguided prediction leads to the gated one. There the model with
-    mixed outputs is compared with the plain model on all output channels, learned variance
-    included.
+    An evaluation is gated, the step before it computes everything. A pair is drawn; the data is
+    noised to the timestep of that step, which is walked with unguided predictions and leads to the
+    gated evaluation. There the model with mixed outputs is compared with the plain model on all
+    output channels, learned variance included.
+
+    With one evaluation per step (DDIM) every second evaluation is gated, the last one among them.
+    With two (DPM-Solver-2) it is the first one of every step but the first, so that the two of a
+    step never share a cache: the published rule for U-ViT. Its code rounds timesteps to whole ones
+    here and not when sampling; these are the schedule's own in both.
 
     Args:
         penalty: lambda, the price of one open gate.
-        label_dropout: Share of the labels replaced by the null label, the same ones in the three
+        label_dropout: Share of the labels replaced by the null label, the same ones in all
             evaluations of a pair.
+        reduction: "mean" of the squared error over all elements, as published for DiT, or "sum"
+            over the elements of a sample and mean over samples, as published for U-ViT.
     """
 
     name = "l2c-pairs"
     guidance_scale = None  # conditional and unconditional predictions are both trained on
 
-    def __init__(self, penalty: float = 1e-6, label_dropout: float = 0.1) -> None:
+    def __init__(
+        self, penalty: float = 1e-6, label_dropout: float = 0.1, reduction: str = "mean"
+    ) -> None:
         if penalty < 0 or not 0 <= label_dropout <= 1:
             raise ValueError(
                 "expected penalty >= 0 and label_dropout in [0, 1], "
                 f"got {penalty} and {label_dropout}"
             )
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
         self.penalty = penalty
         self.label_dropout = label_dropout
+        self.reduction = reduction
 
     def gated(self, schedule: Schedule) -> Tensor:
         """Which evaluations are gated, [evaluation].
 
         Raises:
-            ValueError: If the schedule is not of a solver that this objective is made for.
+            ValueError: If the schedule has too few evaluations to gate one.
         """
-        if schedule.solver != "ddim":
-            raise ValueError(f"Pairs trains for ddim, got a schedule of {schedule.solver}")
-        if len(schedule) < 2:
-            raise ValueError("expected at least 2 evaluations, so that one can be gated")
         rows = torch.arange(len(schedule))
-        return ((len(schedule) - 1 - rows) % 2 == 0) & (rows > 0)
+        if schedule.evaluations_per_step == 2:
+            chosen = (rows % 2 == 0) & (rows > 0)
+        else:
+            chosen = ((len(schedule) - 1 - rows) % 2 == 0) & (rows > 0)
+        if not chosen.any():
+            raise ValueError(
+                f"expected at least {2 * schedule.evaluations_per_step} evaluations of "
+                f"{schedule.solver}, so that one can be gated, got {len(schedule)}"
+            )
+        return chosen
 
     def draw(
         self,
@@ -86,7 +102,7 @@ class Pairs:
         g: torch.Generator,
         row: int | None = None,
     ) -> Pair:
-        """Run the full evaluation of a pair and the DDIM step to the gated one.
+        """Walk the full step of a pair, up to the gated evaluation.
 
         Args:
             model: The frozen backbone.
@@ -99,19 +115,25 @@ class Pairs:
         rows = self.gated(schedule).nonzero().flatten()
         drawn = int(rows[torch.randint(len(rows), (), generator=g)])
         row = drawn if row is None else row
-        before, now = schedule.timesteps[row - 1], schedule.timesteps[row]
+        start = row - schedule.evaluations_per_step
         noise = torch.randn(clean.shape, generator=g).to(clean.device)
         dropped = torch.rand(len(labels), generator=g) < self.label_dropout
         if model.null_label is not None:
             labels = labels.masked_fill(dropped.to(labels.device), model.null_label)
-        times = torch.full((len(clean),), before, device=clean.device)
+
+        def times(t: float) -> Tensor:
+            return torch.full((len(clean),), t, device=clean.device)
+
         outputs: dict[int, Tensor] = {}
         with torch.no_grad():
-            noisy = schedule.noise.add(clean, noise, times)
-            with gated(model, outputs, None):
-                eps = model(noisy, times, labels)[:, : clean.shape[1]].float()
-            x = ddim_step(schedule.noise, noisy, eps, before, now)
-        return Pair(row, (x, torch.full_like(times, now), labels), outputs)
+            noisy = schedule.noise.add(clean, noise, times(schedule.timesteps[start]))
+            walk = solver(schedule, noisy, start)
+            x, t = next(walk)
+            for _ in range(start, row):
+                with gated(model, outputs, None):  # the later evaluation's outputs stay
+                    prediction = model(x, times(t), labels)[:, : clean.shape[1]].float()
+                x, t = walk.send(prediction)
+        return Pair(row, (x, times(t), labels), outputs)
 
     def loss(
         self,
@@ -138,5 +160,6 @@ class Pairs:
         scores = weights(pair.row)
         with gated(model, pair.outputs, scores):
             student = model(*pair.inputs).float()
-        error = (student - target).square().mean()
+        squares = (student - target).square()
+        error = squares.mean() if self.reduction == "mean" else squares.sum() / len(squares)
         return PairLoss(error, self.penalty * scores.sum(), pair.row)

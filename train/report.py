@@ -49,8 +49,9 @@ class Way:
 def equal_cost(router: Router) -> Schedule:
     """The plain schedule of the same solver and options that costs nearest to the router's plan."""
     schedule = router.schedule
-    steps = max(1, round(router.plan().share * len(schedule)))
-    return Schedule.of(schedule.solver, steps, **schedule.options)
+    per_step = schedule.evaluations_per_step
+    steps = max(1, round(router.plan().share * len(schedule) / per_step))
+    return Schedule.of(schedule.solver, steps * per_step, noise=schedule.noise, **schedule.options)
 
 
 def ways(model: Any, router: Router, guidance_scale: float) -> dict[str, Way]:

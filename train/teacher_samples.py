@@ -54,7 +54,7 @@ class TeacherSamples(Source):
             )
         self.backbone = backbone
         self.count = count
-        self.schedule = Schedule.ddim(evaluations)
+        self.evaluations = evaluations
         self.guidance_scale = guidance_scale
         self.folder = folder
         self.shard = shard
@@ -71,9 +71,10 @@ class TeacherSamples(Source):
     def _draw(self) -> list[Path]:
         frozen = Frozen(self.backbone)
         model = frozen.model
+        schedule = Schedule.ddim(self.evaluations, noise=model.noise)
         settings = {
             "weights": frozen.identity.weights,
-            "schedule": self.schedule.to_dict(),
+            "schedule": schedule.to_dict(),
             "guidance_scale": self.guidance_scale,
             "count": self.count,
             "shard": self.shard,
@@ -88,13 +89,13 @@ class TeacherSamples(Source):
             return paths
         if torch.cuda.is_available():
             model.cuda()
-        with tqdm(total=len(missing) * len(self.schedule), desc="Drawing teacher samples") as bar:
+        with tqdm(total=len(missing) * len(schedule), desc="Drawing teacher samples") as bar:
             for start in missing:
                 size = min(self.shard, self.count - start)
                 labels = (torch.arange(start, start + size) % model.num_classes).long()
                 latents = sample(
                     model,
-                    self.schedule,
+                    schedule,
                     labels,
                     self.guidance_scale,
                     generator=generator("teacher", self.seed, start),
