@@ -1,8 +1,8 @@
 """The shipped routers beside what costs as much: `python -m benchmarks.routers`.
 
-Each router is compared, on the same noise, with fewer DDIM steps, with DPM-Solver++ (diffusers'
-multistep solver of order 2, spaced evenly in log-SNR) at as many evaluations, and with reusing
-whole evaluations, spread evenly.
+Each router is compared, on the same noise, with fewer steps of its own solver, with DDIM and
+DPM-Solver++ 2M (spaced evenly in log-SNR) at as many evaluations, and with reusing whole
+evaluations, spread evenly.
 """
 
 from __future__ import annotations
@@ -11,49 +11,55 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import l2c
 from benchmarks import results
-from l2c.sampling import guide
 from train.quality import Judge
 from train.report import Way, compare, equal_cost, table, ways
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+SHIPPED = {
+    "fashion_mnist_dit_ddim_20": "fashion_mnist_dit",
+    "fashion_mnist_dit_ddim_50": "fashion_mnist_dit",
+    "fashion_mnist_uvit_dpm_20": "fashion_mnist_uvit",
+    "fashion_mnist_uvit_dpm_50": "fashion_mnist_uvit",
+}
 
 
-def spread(share: float, evaluations: int, sites: l2c.Sites) -> l2c.Plan:
-    """Reuse whole evaluations, spread evenly, so that the cost comes nearest to a share."""
-    rest = sites.rest / sites.macs
-    reused = min(evaluations - 1, round(evaluations * (1 - share) / (1 - rest)))
-    rows = {evaluations - 1 - (i * evaluations) // reused for i in range(reused)}
-    return l2c.Plan(tuple((row not in rows,) * len(sites) for row in range(evaluations)), sites)
+def spread(router: l2c.Router) -> l2c.Plan:
+    """Reuse whole evaluations, spread evenly, so that the cost comes nearest to a router's.
+
+    Of a solver with two evaluations per step only the first ones, as the two must not share.
+    """
+    schedule, sites = router.schedule, router.sites
+    per_step, evaluations = schedule.evaluations_per_step, len(schedule)
+    rows = range(per_step, evaluations) if per_step == 1 else range(per_step, evaluations, per_step)
+    saved = (1 - router.plan().share) * evaluations / (1 - sites.rest / sites.macs)
+    count = min(len(rows), round(saved))
+    chosen = {rows[len(rows) - 1 - (i * len(rows)) // count] for i in range(count)}
+    compute = tuple((row not in chosen,) * len(sites) for row in range(evaluations))
+    return l2c.Plan(compute, sites)
 
 
-def dpm_solver(model: Any, full: l2c.Schedule, evaluations: int, guidance_scale: float) -> Way:
-    """Sampling by diffusers' DPM-Solver++ 2M without caching."""
-    noise = full.noise
-    from diffusers import DPMSolverMultistepScheduler
+def rivals(model: Any, router: l2c.Router, guidance_scale: float) -> dict[str, Way]:
+    """What costs as much as a router."""
+    full = router.schedule
+    plan, evaluations = spread(router), len(equal_cost(router))
 
-    def draw(labels: Tensor, latents: Tensor) -> Tensor:
-        scheduler = DPMSolverMultistepScheduler(
-            num_train_timesteps=noise.timesteps,
-            beta_start=noise.start,
-            beta_end=noise.end,
-            beta_schedule=noise.betas,
-            use_lu_lambdas=True,
-        )
-        scheduler.set_timesteps(evaluations)
-        both = torch.cat([labels, torch.full_like(labels, model.null_label)])
-        x = latents
-        with torch.no_grad():
-            for t in scheduler.timesteps:
-                out = model(torch.cat([x, x]), t.expand(len(both)), both)[:, : x.shape[1]]
-                x = scheduler.step(guide(out, guidance_scale), t, x).prev_sample
-        return x
+    def way(schedule: l2c.Schedule, plan: l2c.Plan | None = None) -> Way:
+        def draw(labels: Tensor, noise: Tensor) -> Tensor:
+            return l2c.sample(model, schedule, labels, guidance_scale, plan=plan, latents=noise)
 
-    return Way(evaluations / len(full), evaluations, draw)
+        share = len(schedule) / len(full) * (plan.share if plan else 1.0)
+        return Way(share, len(schedule), draw)
+
+    found = {"uniform reuse": way(full, plan)}
+    for solver, title in (("ddim", "DDIM"), ("dpm_solver_pp_2m", "DPM-Solver++ 2M")):
+        if solver != full.solver:
+            other = l2c.Schedule.of(solver, evaluations, noise=model.noise)
+            found[f"{title}, {evaluations}"] = way(other)
+    return found
 
 
 def main() -> None:
@@ -64,25 +70,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=1.5)
     options = parser.parse_args()
-    model = l2c.load(CHECKPOINTS / "fashion_mnist_dit").to(options.device)
     judge = Judge(CHECKPOINTS / "fashion_mnist_classifier")
     figures = {}
-    for path in sorted(CHECKPOINTS.glob("fashion_mnist_dit_*.safetensors")):
-        router = l2c.Router.load(path, model)
-        schedule = router.schedule
-        plan, steps = spread(router.plan().share, len(schedule), router.sites), equal_cost(router)
+    for name, teacher in SHIPPED.items():
+        model = l2c.load(CHECKPOINTS / teacher).to(options.device)
+        router = l2c.Router.load(CHECKPOINTS / f"{name}.safetensors", model)
         chosen = ways(model, router, options.guidance_scale)
-
-        def draw(labels: Tensor, noise: Tensor, s: Any = schedule, p: Any = plan) -> Tensor:
-            return l2c.sample(model, s, labels, options.guidance_scale, plan=p, latents=noise)
-
-        chosen["uniform reuse"] = Way(plan.share, len(schedule), draw)
-        chosen[f"DPM-Solver++ {len(steps)}"] = dpm_solver(
-            model, schedule, len(steps), options.guidance_scale
-        )
+        chosen |= rivals(model, router, options.guidance_scale)
         measured, _ = compare(model, chosen, judge, options.samples, options.batch_size, 1234)
-        figures[path.stem] = measured
-        print(path.stem, table(measured), sep="\n", end="\n\n")
+        figures[name] = measured
+        print(name, table(measured), sep="\n", end="\n\n")
     results.write(
         "routers",
         options.device,

@@ -9,18 +9,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 import l2c
 from benchmarks import results
+from benchmarks.routers import CHECKPOINTS, SHIPPED
 from l2c.sampling import initial_latents
 from train.seeding import generator
-
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-ROUTERS = ("fashion_mnist_dit_ddim_20", "fashion_mnist_dit_ddim_50")
 
 
 def main() -> None:
@@ -30,9 +28,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9, help="pairs of runs per figure")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
     options = parser.parse_args()
-    model = l2c.load(CHECKPOINTS / "fashion_mnist_dit").to(options.device)
     rows = []
-    for name in ROUTERS:
+    for name, teacher in SHIPPED.items():
+        model = l2c.load(CHECKPOINTS / teacher).to(options.device)
         router = l2c.Router.load(CHECKPOINTS / f"{name}.safetensors", model)
         for batch in options.batch_sizes:
             ratios = measure(model, router, batch, options.runs)
@@ -60,7 +58,7 @@ def main() -> None:
     results.write("sampling", options.device, 0, rows=rows)
 
 
-def measure(model: l2c.DiT, router: l2c.Router, batch: int, runs: int) -> list[float]:
+def measure(model: Any, router: l2c.Router, batch: int, runs: int) -> list[float]:
     """Ratios of the time without a router to the time with it, of neighbouring runs."""
     labels = torch.arange(batch) % model.num_classes
     noise = initial_latents(model, batch, generator("sampling benchmark"))

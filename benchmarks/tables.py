@@ -48,11 +48,15 @@ def routers() -> str:
     )
 
 
+SOLVERS = {"ddim": "DDIM", "dpm": "DPM-Solver-2", "dpm_solver_2": "DPM-Solver-2"}
+
+
 def _plain(name: str, way: str) -> str:
-    if way == "uncached":
-        return f"DDIM-{name.rpartition('_')[2]}, uncached"
+    _, solver, evaluations = name.rsplit("_", 2)
     steps = re.fullmatch(r"(\d+) steps", way)
-    return f"DDIM-{steps[1]}" if steps else way.replace("++ ", "++ 2M, ")
+    if way == "uncached":
+        return f"{SOLVERS[solver]}, {evaluations}, uncached"
+    return f"{SOLVERS[solver]}, {steps[1]}" if steps else way
 
 
 def sampling() -> str:
@@ -91,7 +95,8 @@ def teacher() -> str:
     measured = results("teacher")
     rows = [
         [
-            f"DDIM-{row['steps']}",
+            row["teacher"],
+            f"{SOLVERS[row['solver']]}, {row['evaluations']}",
             f"{row['samples']:,}",
             f"{row['guidance_scale']:g}",
             f"{row['recognised']:.1%}",
@@ -100,7 +105,8 @@ def teacher() -> str:
         for row in measured["rows"]
     ]
     head = [
-        "teacher's samples by",
+        "teacher",
+        "sampled by",
         "samples",
         "guidance",
         "recognised as label",

@@ -16,11 +16,14 @@ from lightning.pytorch.cli import LightningCLI
 
 from tests.conftest import tiny_dit
 from tests.fitting import ROOT, configuration, only_these_arguments, run, write_config
+from train import encode
 from train.cli import main
 from train.diffusion import DiffusionTraining
 from train.module import RouterTraining
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ENCODE = [path for path in CONFIGS if path.stem.startswith("encode_")]
+FIT = [path for path in CONFIGS if path not in ENCODE]
 
 
 def named(path: Path) -> str:
@@ -44,10 +47,11 @@ def built(config: dict[str, Any], folder: Path) -> LightningCLI:
 
 
 def test_there_are_configurations() -> None:
-    assert {"quickstart", "dit_xl_2_256_ddim_20"} <= {path.stem for path in CONFIGS}
+    assert {"quickstart", "dit_xl_2_256_ddim_20"} <= {path.stem for path in FIT}
+    assert {"encode_imagenet_256", "encode_imagenet_512"} <= {path.stem for path in ENCODE}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=named)
+@pytest.mark.parametrize("path", FIT, ids=named)
 def test_shipped_configuration_fits_the_signatures(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,7 +66,7 @@ def test_shipped_configuration_fits_the_signatures(
             assert understood["trainer"][key] == value
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=named)
+@pytest.mark.parametrize("path", FIT, ids=named)
 def test_shipped_configuration_builds_what_it_says(path: Path, tmp_path: Path) -> None:
     config = yaml.safe_load(path.read_text())
     config["trainer"] |= {"accelerator": "cpu", "default_root_dir": str(tmp_path)}
@@ -81,6 +85,31 @@ def test_shipped_configuration_builds_what_it_says(path: Path, tmp_path: Path) -
         (group,) = cli.model.optimizer_factory(parameters).param_groups
         assert group["lr"] == settings["optimizer"]["init_args"]["lr"]
         assert group["weight_decay"] == settings["optimizer"]["init_args"]["weight_decay"]
+
+
+@pytest.mark.parametrize("path", ENCODE, ids=named)
+def test_shipped_encoding_fits_the_signature(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        encode.main(["--config", str(path), "--print_config"])
+    assert end.value.code == 0
+    understood = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load(path.read_text())
+    source = written.pop("source")
+    assert understood["source"]["class_path"] == f"train.sources.{source['class_path']}"
+    assert source["init_args"].items() <= understood["source"]["init_args"].items()
+    assert written.items() <= understood.items()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("dit_*.yaml")), ids=named)
+def test_latents_are_read_where_they_are_written(path: Path) -> None:
+    (size,) = re.findall(r"_(256|512)_", path.stem)
+    encoding = f"configs/encode_imagenet_{size}.yaml"
+    assert encoding in path.read_text()
+    wanted = yaml.safe_load(path.read_text())["data"]["init_args"]["source"]["init_args"]["path"]
+    written = yaml.safe_load((ROOT / encoding).read_text())
+    assert (written["out"], written["size"]) == (wanted, int(size))
 
 
 # --- wrong ones ---
@@ -216,3 +245,14 @@ def test_help_from_the_shell_names_options_and_modules() -> None:
     )
     for words in ("python -m train", "--ckpt_path", "--trainer.precision", "RouterTraining"):
         assert words in done.stdout
+
+
+def test_help_names_the_command_that_is_not_lightnings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with only_these_arguments(), pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert "fit,validate,test" in said
+    assert "python -m train encode --help" in said

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import l2c
 from tests.conftest import tiny_dit
+from train.data import Images, collate
 from train.seeding import generator
-from train.sources import FashionMNIST, ImageFolder, Latents, choose, read_idx
+from train.sources import FashionMNIST, ImageFolder, Latents, choose, read_idx, read_shards
 from train.teacher_samples import TeacherSamples
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -204,6 +205,16 @@ def test_image_of_another_size_names_both_sizes(tmp_path: Path) -> None:
         ImageFolder(str(tmp_path / "images"), size=16).load("train")
 
 
+def test_image_folder_without_a_size_takes_any(tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "train" / "small", {"cat": 1, "dog": 2}, size=8)
+    write_images(tmp_path / "images" / "train" / "large", {"cat": 2, "dog": 1}, size=12)
+    source = ImageFolder(str(tmp_path / "images"), validation_share=0.5)
+    shapes = [
+        image.shape for split in ("train", "validation") for image in pixels(source.load(split))
+    ]
+    assert sorted(shapes) == [(8, 8, 3)] * 3 + [(12, 12, 3)] * 3
+
+
 def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path, {"images": 4})
     with pytest.raises(ValueError, match="no class folders"):
@@ -282,6 +293,63 @@ def test_latents_keep_their_labels(write: object, tmp_path: Path) -> None:
         for latent, label in zip(*values(source.load(split)), strict=True):
             assert by_latent.pop(latent.tobytes()) == label
     assert not by_latent
+
+
+def test_half_precision_shards_are_read_in_float32(tmp_path: Path) -> None:
+    folder = write_safetensors(tmp_path / "latents", shards=1)
+    exact, labels = latents_and_labels()
+    tensors = {"latents": exact.half(), "labels": labels.int()}
+    save_file(tensors, folder / "0.safetensors")
+    batches = Images(Latents(str(folder)), batch_size=20)
+    batches.setup("validate")
+    known = {latent.numpy().tobytes() for latent in exact.half().float()}
+    for batch in (collate(list(batches.train.with_format("numpy"))), *batches.val_dataloader()):
+        assert batch["latents"].dtype == torch.float32
+        assert all(latent.numpy().tobytes() in known for latent in batch["latents"])
+
+
+def test_shards_of_two_types_keep_the_finer_one(tmp_path: Path) -> None:
+    folder = write_safetensors(tmp_path / "latents")
+    exact, _ = latents_and_labels()
+    coarse = load_file(folder / "0.safetensors")
+    save_file({**coarse, "latents": coarse["latents"].bfloat16()}, folder / "0.safetensors")
+    known = {v.numpy().tobytes() for v in [*exact[10:], *exact[:10].bfloat16().float()]}
+    seen, _ = values(Latents(str(folder)).load("train"))
+    assert len(seen) == 19
+    assert {latent.tobytes() for latent in seen} < known
+
+
+def test_large_shards_are_read_whole(tmp_path: Path) -> None:
+    latents = torch.arange(10_000 * 4).view(10_000, 1, 2, 2).float()
+    save_file({"latents": latents, "labels": torch.arange(10_000)}, tmp_path / "0.safetensors")
+    seen = read_shards([tmp_path / "0.safetensors"]).with_format("numpy")[:]
+    assert np.array_equal(np.stack(list(seen["latent"])), latents)
+    assert np.array_equal(seen["label"], np.arange(10_000))
+
+
+def test_shards_are_not_copied_into_memory(tmp_path: Path) -> None:
+    latents = torch.zeros(2_000, 4, 32, 32)  # 33 MB
+    save_file({"latents": latents, "labels": torch.arange(2_000)}, tmp_path / "0.safetensors")
+    before = pa.total_allocated_bytes()
+    dataset = read_shards([tmp_path / "0.safetensors"])
+    assert len(dataset) == 2_000
+    assert pa.total_allocated_bytes() - before < 1e6
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 2, 2, 2)])
+def test_latents_of_another_rank_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    save_file(
+        {"latents": torch.zeros(shape), "labels": torch.arange(5)}, tmp_path / "0.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"expected latents \[N, C, H, W\].*0\.safetensors"):
+        Latents(str(tmp_path)).load("train")
+
+
+def test_files_that_are_being_written_are_no_shards(tmp_path: Path) -> None:
+    folder = write_safetensors(tmp_path / "latents")
+    (folder / ".2-abc.safetensors").write_bytes(b"half of it")
+    (folder / ".0-abc.parquet").write_bytes(b"half of it")
+    assert len(Latents(str(folder)).load("train")) == 19
 
 
 def test_held_out_latents_are_disjoint_and_the_same_every_time(tmp_path: Path) -> None:

@@ -69,7 +69,10 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
         seed_everything_default=0,
         trainer_defaults=trainer_defaults,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "python -m train"},
+        parser_kwargs={
+            "prog": "python -m train",
+            "epilog": "`python -m train encode --help` tells how to make latents of images.",
+        },
         auto_configure_optimizers=False,
         args=args,
         run=run,

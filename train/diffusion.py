@@ -40,7 +40,7 @@ class DiffusionTraining(L.LightningModule):
         seed: Seed of noise, timesteps and dropped labels.
 
     Raises:
-        ValueError: If there are labels to drop and no null class.
+        ValueError: If there are labels to drop and no null class, or no initial weights there.
     """
 
     def __init__(
@@ -62,9 +62,8 @@ class DiffusionTraining(L.LightningModule):
             )
         if max_weight < 1:
             raise ValueError(f"expected max_weight of at least 1, got {max_weight}")
-        if initial is not None:
-            backbone.load_state_dict(l2c.load(initial).state_dict())
         self.backbone: Any = backbone
+        self._initial = initial
         self.optimizer_factory = optimizer or torch.optim.AdamW
         self.warmup_steps = warmup_steps
         self.label_dropout = label_dropout
@@ -73,6 +72,12 @@ class DiffusionTraining(L.LightningModule):
         self.learn_sigma = bool(config.get("learn_sigma"))
         weights = (1 / self.noise.alphas_cumprod).clamp(max=max_weight)
         self.timestep_weights = (weights / weights.mean()).float()
+
+    def configure_model(self) -> None:
+        """Take the initial weights, before they are averaged or restored from a checkpoint."""
+        if self._initial is not None:
+            self.backbone.load_state_dict(l2c.load(self._initial).state_dict())
+            self._initial = None
 
     def configure_optimizers(self) -> Any:
         """The optimizer, its learning rate stepped after every batch."""

@@ -7,6 +7,7 @@ A dataset has a column `label` (int) and either `image` (PIL image, or uint8 arr
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import zlib
 from pathlib import Path
@@ -15,18 +16,28 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from datasets import (
     Array3D,
     ClassLabel,
     Dataset,
     DatasetDict,
+    DatasetInfo,
     Features,
     Image,
     Value,
     load_dataset,
 )
+from datasets.features.features import Array3DExtensionType
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 Split = Literal["train", "validation"]
+
+SETTINGS = "settings.json"  # beside the shards of `train.encode`: what they were made from and how
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -88,13 +99,18 @@ class ImageFolder(Source):
 
     Args:
         path: The folder.
-        size: Height and width that every image must have, in pixels.
+        size: Height and width that every image must have, in pixels; None for any, as `encode`
+            takes them.
         channels: 1 for grey, 3 for colour; images are converted.
         validation_share: Share of the images held out where there is no validation/ folder.
     """
 
     def __init__(
-        self, path: str, size: int, channels: Literal[1, 3] = 3, validation_share: float = 0.05
+        self,
+        path: str,
+        size: int | None = None,
+        channels: Literal[1, 3] = 3,
+        validation_share: float = 0.05,
     ) -> None:
         self.path = path
         self.size = size
@@ -113,7 +129,7 @@ class ImageFolder(Source):
         if "label" not in part.column_names:
             raise ValueError(f"{self.path} has no class folders, so its images have no labels")
         first = part[0]["image"]
-        if first.size != (self.size, self.size):
+        if self.size is not None and first.size != (self.size, self.size):
             raise ValueError(
                 f"expected images of {self.size} x {self.size} pixels in {self.path}, found "
                 f"{first.size[0]} x {first.size[1]}; resize them, or set size"
@@ -139,14 +155,16 @@ class Latents(Source):
     def load(self, split: Split) -> Dataset:
         """Return the latents of a split."""
         folder = Path(self.path)
-        parquet = sorted(map(str, folder.glob("*.parquet")))
-        shards = sorted(folder.glob("*.safetensors"))
+        # Files that are being written have names that begin with a dot.
+        parquet = sorted(map(str, folder.glob("[!.]*.parquet")))
+        shards = sorted(folder.glob("[!.]*.safetensors"))
         if bool(parquet) == bool(shards):
             raise ValueError(
                 f"expected shards of one kind, *.parquet or *.safetensors, in {self.path}; "
                 f"found {len(parquet)} and {len(shards)}"
             )
         dataset = read_parquet(parquet) if parquet else read_shards(shards)
+        check_complete(folder, len(dataset))
         return choose(DatasetDict(train=dataset), split, self.validation_share, self.path)
 
 
@@ -163,6 +181,17 @@ def choose(found: DatasetDict, split: Split, share: float, path: str) -> Dataset
     held_out = min(max(1, math.ceil(len(found["train"]) * share)), len(found["train"]) - 1)
     parts = found["train"].train_test_split(test_size=held_out, seed=0)
     return parts["train" if split == "train" else "test"]
+
+
+def check_complete(folder: Path, found: int) -> None:
+    """Raise a ValueError if a folder's settings promise another number of latents than found."""
+    path = folder / SETTINGS
+    promised = json.loads(path.read_text()).get("samples", found) if path.is_file() else found
+    if promised != found:
+        raise ValueError(
+            f"expected {promised} latents in {folder}, as its {SETTINGS} says, found {found}; "
+            "the same `python -m train encode` as before makes the missing ones"
+        )
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -204,18 +233,15 @@ def read_parquet(paths: list[str]) -> Dataset:
 
 
 def read_shards(paths: list[Path]) -> Dataset:
-    """Concatenate safetensors shards of latents.
+    """Concatenate safetensors shards of latents, which stay on disk until they are used.
 
     Raises:
         ValueError: If a shard is unreadable, or lacks its tensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    latents, labels = [], []
+    shards: list[dict[str, Tensor]] = []
     for path in paths:
         try:
-            shard = load_file(path)
+            shard = load_file(path)  # mapped into memory, not copied
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         if not {"latents", "labels"} <= shard.keys():
@@ -224,15 +250,33 @@ def read_shards(paths: list[Path]) -> Dataset:
             raise ValueError(
                 f"{path} has {len(shard['latents'])} latents and {len(shard['labels'])} labels"
             )
-        if latents and shard["latents"].shape[1:] != latents[0].shape[1:]:
+        shape, first = shard["latents"].shape[1:], (shards or [shard])[0]["latents"]
+        if len(shape) != 3 or shape != first.shape[1:]:
             raise ValueError(
-                f"expected latents of shape {latents[0].shape[1:]} as in {paths[0]}, "
-                f"got {shard['latents'].shape[1:]} in {path}"
+                f"expected latents [N, C, H, W], of one shape [C, H, W] in all shards, got "
+                f"{list(first.shape)} in {paths[0]} and {list(shard['latents'].shape)} in {path}"
             )
-        latents.append(shard["latents"].astype(np.float32))
-        labels.append(shard["labels"].astype(np.int64))
-    features = Features(
-        {"latent": Array3D(latents[0].shape[1:], "float32"), "label": Value("int64")}
+        shards.append(shard)
+    # One type for all: what is stored if it is the same everywhere and Arrow has it.
+    kinds = {shard["latents"].dtype for shard in shards}
+    kind = kinds.pop() if kinds in ({torch.float16}, {torch.float32}) else torch.float32
+    tables = [table_of(shard["latents"].to(kind), shard["labels"].long()) for shard in shards]
+    latent = Array3D(tuple(shards[0]["latents"].shape[1:]), str(kind).removeprefix("torch."))
+    return Dataset(
+        InMemoryTable(pa.concat_tables(tables)),
+        info=DatasetInfo(features=Features({"latent": latent, "label": Value("int64")})),
+        fingerprint=generate_random_fingerprint(),  # by default all latents are read for one
     )
-    columns = {"latent": np.concatenate(latents), "label": np.concatenate(labels)}
-    return Dataset.from_dict(columns, features=features)
+
+
+def table_of(latents: Tensor, labels: Tensor) -> pa.Table:
+    """A table of latents [N, C, H, W] and labels [N] that shares their memory."""
+    kind = Array3DExtensionType(tuple(latents.shape[1:]), str(latents.dtype).removeprefix("torch."))
+    columns = []
+    for part in latents.split(4096):  # Arrow counts values in 32 bits
+        storage = pa.array(part.numpy().reshape(-1))
+        for length in reversed(part.shape[1:]):
+            offsets = np.arange(0, len(storage) + 1, length, dtype=np.int32)
+            storage = pa.ListArray.from_arrays(offsets, storage)
+        columns.append(pa.ExtensionArray.from_storage(kind, storage))
+    return pa.table({"latent": pa.chunked_array(columns, kind), "label": labels.numpy()})
