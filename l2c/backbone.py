@@ -96,6 +96,7 @@ def check_sizes(**sizes: int) -> None:
 def sinusoidal(t: Tensor, features: int) -> Tensor:
     """Timestep features [B, features]: frequencies 10000^(-i/half), cosines before sines."""
     half = features // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)[None]
+    # Multiplied before it is divided, which rounds as the original does.
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t[:, None].float() * torch.exp(exponents)[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -78,6 +78,8 @@ class Noise:
 
     def acp(self, t: float) -> float:
         """The product acp_t at a timestep, which may lie between two training timesteps."""
+        if not self.first <= t <= self.last:
+            raise ValueError(f"expected a timestep between {self.first} and {self.last}, got {t}")
         if t == int(t):
             return float(self.alphas_cumprod[int(t) - self.first])
         knots = np.arange(self.timesteps) + self.first
@@ -99,7 +101,10 @@ class Noise:
         if timesteps.is_floating_point():
             values = torch.tensor([self.acp(t) for t in timesteps.tolist()], dtype=torch.float64)
         else:
-            values = self.alphas_cumprod[timesteps.cpu() - self.first]
+            index = timesteps.cpu() - self.first
+            if int(index.min()) < 0:  # which would count from the end
+                raise ValueError(f"expected timesteps from {self.first} on, got {timesteps.min()}")
+            values = self.alphas_cumprod[index]
         acp = values.view(-1, *[1] * (clean.ndim - 1))
         signal, sigma = (v.sqrt().to(clean.dtype).to(clean.device) for v in (acp, 1 - acp))
         return signal * clean + sigma * noise

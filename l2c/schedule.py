@@ -124,7 +124,7 @@ class Schedule:
         if prediction not in ("data", "noise"):
             raise ValueError(f'prediction must be "data" or "noise", got {prediction!r}')
         options = {"spacing": spacing, "prediction": prediction}
-        grid = _grid(spacing, max(1, evaluations // 2), noise)
+        grid = _grid(spacing, (evaluations + 1) // 2, noise)  # an odd number is refused below
         timesteps = []
         for start, end in pairwise(grid):
             middle = (noise.half_log_snr(start) + noise.half_log_snr(end)) / 2
@@ -151,14 +151,14 @@ class Schedule:
         if spacing == "log_snr":
             # To whole timesteps: the models were trained on no others.
             ids = [round(t) for t in _grid(spacing, max(1, evaluations - 1), noise)][:evaluations]
-            if len(set(ids)) < evaluations:
-                raise ValueError(
-                    f"{evaluations} evaluations are too many for spacing log_snr: timesteps of "
-                    "low noise would coincide; take fewer, or spacing trailing"
-                )
         else:
             found = _spaced(MULTISTEP_SPACINGS, spacing)(evaluations, noise.timesteps)
             ids = [i + noise.first for i in found]
+        if len(set(ids)) < evaluations:
+            raise ValueError(
+                f"{evaluations} evaluations are too many for spacing {spacing}: timesteps of low "
+                "noise would coincide; take fewer, or spacing trailing"
+            )
         return cls("dpm_solver_pp_2m", tuple(ids), {"spacing": spacing}, noise)
 
     @classmethod
@@ -177,6 +177,8 @@ class Schedule:
             ValueError: If there is no evaluation, or the shift is not positive.
         """
         noise = noise or Flow()
+        if not isinstance(noise, Flow):
+            raise ValueError(f"flow_euler is for rectified flows, got the noise {noise}")
         if evaluations < 1 or not shift > 0:
             raise ValueError(
                 f"expected evaluations >= 1 and shift > 0, got {evaluations} and {shift}"
@@ -226,6 +228,10 @@ class Schedule:
 
 
 def _check_count(evaluations: int, noise: Noise) -> None:
+    if not isinstance(noise, Noise):
+        raise ValueError(
+            f"expected noise of a model that predicts it, got {noise}; take flow_euler"
+        )
     if not 1 <= evaluations <= noise.timesteps:
         raise ValueError(f"expected between 1 and {noise.timesteps} evaluations, got {evaluations}")
 
@@ -274,7 +280,8 @@ def _trailing(evaluations: int, timesteps: int) -> list[int]:
 
 
 def _linspace_multistep(evaluations: int, timesteps: int) -> list[int]:
-    return [round(i * (timesteps - 1) / evaluations) for i in range(evaluations, 0, -1)]
+    stride = (timesteps - 1) / evaluations  # first, as NumPy does: it decides where halves go
+    return [round(i * stride) for i in range(evaluations, 0, -1)]
 
 
 def _leading_multistep(evaluations: int, timesteps: int) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import l2c
+from l2c.backbone import Backbone
 from l2c.identity import Identity
 
 torch.set_num_threads(2)
@@ -40,6 +41,25 @@ def tiny_dit(seed: int = 0, **overrides: int | bool) -> l2c.DiT:
     return randomised(l2c.DiT(**{**config, **overrides}), seed)
 
 
+def tiny_uvit(seed: int = 0, **overrides: int | bool) -> l2c.UViT:
+    """A U-ViT of three blocks for the same latents and classes."""
+    config = {
+        "input_size": 8,
+        "patch_size": 2,
+        "in_channels": 3,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "num_classes": 10,
+    }
+    return randomised(l2c.UViT(**{**config, **overrides}), seed)
+
+
+def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks of a backbone, in calling order."""
+    return [module for module in model.modules() if hasattr(module, "attention")]
+
+
 def make_router(
     model: l2c.DiT, schedule: l2c.Schedule, seed: int = 0, **changes: object
 ) -> l2c.Router:
@@ -61,6 +81,17 @@ def make_router(
 @pytest.fixture
 def dit() -> l2c.DiT:
     return tiny_dit()
+
+
+@pytest.fixture
+def uvit() -> l2c.UViT:
+    return tiny_uvit()
+
+
+@pytest.fixture(params=[tiny_dit, tiny_uvit], ids=["dit", "uvit"])
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    """One of each kind, with six sites."""
+    return request.param()
 
 
 @pytest.fixture

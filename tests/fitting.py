@@ -23,7 +23,7 @@ from torch import Tensor
 import l2c
 from l2c.router import Router
 from l2c.schedule import Schedule
-from tests.conftest import tiny_dit
+from tests.conftest import tiny_dit, tiny_uvit
 from train.cli import main
 from train.data import Batch
 from train.pairs import PairLoss, Pairs
@@ -34,7 +34,16 @@ ROOT = Path(__file__).parents[1]
 
 def lively_dit(**overrides: int | bool) -> l2c.DiT:
     """A small DiT with larger weights, so that its outputs change much from step to step."""
-    model = tiny_dit(**overrides)
+    return enlarged(tiny_dit(**overrides))
+
+
+def lively_uvit(seed: int = 0, **overrides: int | bool) -> l2c.UViT:
+    """The same for a U-ViT."""
+    return enlarged(tiny_uvit(seed, **overrides))
+
+
+def enlarged(model: Any) -> Any:
+    """A model with its weights times 3."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "pos_embed":

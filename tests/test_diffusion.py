@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import l2c
-from tests.conftest import tiny_dit
+from tests.conftest import tiny_dit, tiny_uvit
 from tests.fitting import checkpoints, configuration, lively_dit, run, write_latents
 from train.diffusion import DiffusionTraining, discretized_log_likelihood
 
@@ -32,6 +32,7 @@ class Spy(nn.Module):
     """
 
     null_label = 10
+    noise = l2c.Noise()
     config = {"learn_sigma": True, "null_class": True}
 
     def __init__(self, answer: Tensor) -> None:
@@ -154,7 +155,9 @@ def test_probabilities_of_all_values_sum_to_one() -> None:
 
 
 def losses(module: DiffusionTraining, given: Batch, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return module.losses(given, torch.Generator().manual_seed(seed))
+    found = module.losses(given, torch.Generator().manual_seed(seed))
+    assert list(found) == ["mse", "bound"]
+    return found["mse"], found["bound"]
 
 
 def test_losses_are_those_of_the_drawn_noise_and_timesteps() -> None:
@@ -222,6 +225,143 @@ def test_dropped_labels_become_the_null_label(share: float, least: int, most: in
     assert int(given["labels"].max()) == 9  # the batch itself is as it was
 
 
+# --- backbones without a learned variance, and weights of timesteps ---
+
+
+class PlainSpy(Spy):
+    """The same without a variance; timesteps count from 1."""
+
+    config = {"null_class": True}
+    noise = l2c.Noise.uvit()
+
+
+def noise_levels(noise: l2c.Noise) -> Tensor:
+    """Products of 1 - beta, written again."""
+    ends = (noise.start, noise.end)
+    if noise.betas == "scaled_linear":
+        beta = torch.linspace(ends[0] ** 0.5, ends[1] ** 0.5, 1000, dtype=torch.float64) ** 2
+    else:
+        beta = torch.linspace(*ends, 1000, dtype=torch.float64)
+    return (1 - beta).cumprod(0)
+
+
+def test_without_a_learned_variance_there_is_no_bound() -> None:
+    module = DiffusionTraining(tiny_uvit())
+    found = module.losses(batch(), torch.Generator().manual_seed(0))
+    assert list(found) == ["mse"]
+    assert list(
+        DiffusionTraining(tiny_dit(learn_sigma=False)).losses(batch(), torch.Generator())
+    ) == ["mse"]
+
+
+def test_timesteps_are_counted_from_the_noise_s_first() -> None:
+    spy = PlainSpy(torch.zeros(500, 3, 8, 8))
+    seen: set[int] = set()
+    given = batch(500)
+    for seed in range(20):
+        DiffusionTraining(spy).losses(given, torch.Generator().manual_seed(seed))
+        noisy, t, _ = spy.asked
+        seen |= set(t.tolist())
+        acp = noise_levels(spy.noise)[t - 1][:, None, None, None]
+        eps = (noisy - acp.sqrt() * given["latents"]) / (1 - acp).sqrt()
+        # 192 draws each: what is left after the signal is standard normal noise
+        assert bool(((eps.std(dim=(1, 2, 3)) - 1).abs() < 0.25).all())
+    assert seen == set(range(1, 1001))
+
+
+@pytest.mark.parametrize("spy", [Spy, PlainSpy])
+@pytest.mark.parametrize("most", [1.0, 5.0, 1e9])
+def test_timesteps_are_weighted_by_the_inverse_signal_up_to_a_limit(
+    spy: type[Spy], most: float
+) -> None:
+    model = spy(torch.zeros(8, 6 if spy is Spy else 3, 8, 8))
+    module = DiffusionTraining(model, max_weight=most)
+    expected = torch.tensor([min(1 / float(a), most) for a in noise_levels(model.noise)])
+    expected = expected / expected.mean()
+    assert float(module.timestep_weights.mean()) == pytest.approx(1, abs=1e-5)  # float32
+    # float32, weights of up to 2e4
+    torch.testing.assert_close(module.timestep_weights, expected, rtol=1e-4, atol=1e-6)
+    given = batch()
+    loss = module.losses(given, torch.Generator().manual_seed(0))["mse"]
+    noisy, t, _ = model.asked
+    index = t - model.noise.first
+    acp = noise_levels(model.noise)[index][:, None, None, None]
+    eps = (noisy - acp.sqrt() * given["latents"]) / (1 - acp).sqrt()
+    by_hand = (expected[index] * eps.square().mean(dim=(1, 2, 3))).mean()
+    # float32: the noise is recovered by a subtraction, at small t of nearly equal numbers
+    torch.testing.assert_close(loss, by_hand.float(), rtol=1e-3, atol=0)
+
+
+def test_weights_of_1_are_the_plain_loss() -> None:
+    module = DiffusionTraining(tiny_uvit(), max_weight=1.0)
+    assert bool((module.timestep_weights == 1).all())
+
+
+def test_without_a_limit_it_is_the_error_of_the_velocity() -> None:
+    """v = sqrt(acp) eps - sqrt(1 - acp) x_0, of which the model knows x_t."""
+    given, answer = batch(), torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    spy = PlainSpy(answer)
+    loss = DiffusionTraining(spy, max_weight=1e9).losses(given, torch.Generator().manual_seed(0))
+    noisy, t, _ = spy.asked
+    acp = noise_levels(spy.noise)[t - 1][:, None, None, None]
+    signal, sigma, clean = acp.sqrt(), (1 - acp).sqrt(), given["latents"].double()
+    eps = (noisy - signal * clean) / sigma
+    guessed = (noisy - sigma * answer) / signal
+    velocities = signal * eps - sigma * clean, signal * answer - sigma * guessed
+    mean = (1 / noise_levels(spy.noise)).mean()
+    expected = (velocities[0] - velocities[1]).square().mean() / mean
+    # float32: the noise is recovered by a subtraction
+    torch.testing.assert_close(loss["mse"].double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("most", [0.0, 0.99, -1.0])
+def test_limits_below_1_are_refused(most: float) -> None:
+    with pytest.raises(ValueError, match=f"max_weight of at least 1, got {most}"):
+        DiffusionTraining(tiny_uvit(), max_weight=most)
+
+
+def test_training_can_begin_with_the_weights_of_a_folder(tmp_path: Path) -> None:
+    trained = tiny_uvit(seed=1)
+    trained.save_pretrained(tmp_path / "trained")
+    fresh = l2c.UViT(**trained.config)
+    module = DiffusionTraining(fresh, initial=str(tmp_path / "trained"))
+    module.configure_model()
+    state = module.backbone.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
+    assert all(p.requires_grad for p in module.backbone.parameters())
+    assert module.backbone.training
+    with torch.no_grad():
+        module.backbone.norm.bias.fill_(3.0)
+    module.configure_model()  # as a second run of the trainer does
+    assert bool((module.backbone.norm.bias == 3).all())
+    with pytest.raises(ValueError, match="expected a model folder"):
+        DiffusionTraining(tiny_uvit(), initial=str(tmp_path / "none")).configure_model()
+    deeper = DiffusionTraining(tiny_uvit(depth=4), initial=str(tmp_path / "trained"))
+    with pytest.raises(ValueError, match=r"(?s)do not fit UViT.*in_blocks\.1"):
+        deeper.configure_model()
+
+
+@pytest.mark.parametrize("labels", [{}, {"num_classes": 0, "null_class": False}])
+def test_a_few_steps_lower_the_loss_of_a_uvit(labels: dict[str, int | bool]) -> None:
+    torch.manual_seed(0)
+    config = {**tiny_uvit().config, **labels}
+    module = DiffusionTraining(l2c.UViT(**config), label_dropout=0.1 if not labels else 0.0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    given = {"latents": torch.full((16, 3, 8, 8), 0.5), "labels": torch.arange(16) % 10}
+
+    def step(seed: int) -> float:
+        (loss,) = module.losses(given, torch.Generator().manual_seed(seed)).values()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    losses = [step(seed) for seed in range(30)]
+    # it begins near 1, the error of a model that predicts no noise at all
+    assert losses[0] > 0.9
+    assert sum(losses[-5:]) / 5 < 0.6
+
+
 # --- runs ---
 
 
@@ -254,6 +394,16 @@ def test_two_steps_of_training_export_a_model_that_loads(
     assert bool(model.final_layer.linear.weight.any())  # it began at zero
     images = l2c.sample(model, l2c.Schedule.ddim(2), [0, 1], 1.5)
     assert bool(images.isfinite().all())
+
+
+def test_a_run_begins_with_the_initial_weights(config: dict[str, Any], tmp_path: Path) -> None:
+    begun = lively_dit(mlp_ratio=4.0)
+    begun.save_pretrained(tmp_path / "begun")
+    config["model"]["init_args"]["initial"] = str(tmp_path / "begun")
+    config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.0
+    run("fit", config, tmp_path / "run")
+    exported = l2c.load(tmp_path / "exported").state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in begun.state_dict().items())
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(config: dict[str, Any], tmp_path: Path) -> None:
@@ -314,7 +464,8 @@ def test_a_resumed_teacher_equals_an_uninterrupted_one(
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("lacking", ["learn_sigma", "null_class"])
-def test_a_model_that_cannot_be_trained_so_is_refused(lacking: str) -> None:
-    with pytest.raises(ValueError, match="variance|null"):
-        losses(DiffusionTraining(tiny_dit(**{lacking: False})), batch())
+def test_labels_cannot_be_dropped_without_a_null_class() -> None:
+    with pytest.raises(ValueError, match="null_class, or label_dropout 0, got null_class=False"):
+        DiffusionTraining(tiny_dit(null_class=False))
+    module = DiffusionTraining(tiny_dit(null_class=False), label_dropout=0.0)
+    assert bool(torch.stack(losses(module, batch())).isfinite().all())

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import l2c
-from tests.conftest import tiny_dit
+from l2c.backbone import Backbone
+from tests.conftest import blocks_of
 from train.gates import gated
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -19,18 +20,18 @@ def inputs(count: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     return x, torch.full((count,), 500 + seed), torch.arange(count)
 
 
-def recorded(model: l2c.DiT, at: Inputs) -> dict[int, Tensor]:
+def recorded(model: Backbone, at: Inputs) -> dict[int, Tensor]:
     outputs: dict[int, Tensor] = {}
     with torch.no_grad(), gated(model, outputs, None):
         model(*at)
     return outputs
 
 
-def sublayers(model: l2c.DiT) -> list[nn.Module]:
-    return [layer for block in model.blocks for layer in (block.attn, block.mlp)]
+def sublayers(model: Backbone) -> list[nn.Module]:
+    return [layer for block in blocks_of(model) for layer in (block.attn, block.mlp)]
 
 
-def hooked(model: l2c.DiT, at: Inputs) -> list[Tensor]:
+def hooked(model: Backbone, at: Inputs) -> list[Tensor]:
     """Outputs of all sub-layers, seen by PyTorch's own hooks."""
     seen: list[Tensor] = []
     hooks = [
@@ -44,9 +45,9 @@ def hooked(model: l2c.DiT, at: Inputs) -> list[Tensor]:
     return seen
 
 
-def assert_untouched(model: l2c.DiT, at: Inputs, expected: Tensor) -> None:
+def assert_untouched(model: Backbone, at: Inputs, expected: Tensor) -> None:
     assert "forward" not in model.__dict__
-    for block in model.blocks:
+    for block in blocks_of(model):
         assert not {"attention", "feedforward"} & block.__dict__.keys()
     assert torch.equal(model(*at), expected)
 
@@ -54,85 +55,87 @@ def assert_untouched(model: l2c.DiT, at: Inputs, expected: Tensor) -> None:
 # --- values ---
 
 
-def test_without_weights_every_output_is_recorded_and_nothing_changes(dit: l2c.DiT) -> None:
+def test_without_weights_every_output_is_recorded_and_nothing_changes(backbone: Backbone) -> None:
     at = inputs()
     outputs: dict[int, Tensor] = {}
-    with torch.no_grad(), gated(dit, outputs, None):
-        result = dit(*at)
-    assert torch.equal(result, dit(*at))
-    expected = hooked(dit, at)
+    with torch.no_grad(), gated(backbone, outputs, None):
+        result = backbone(*at)
+    assert torch.equal(result, backbone(*at))
+    expected = hooked(backbone, at)
     assert sorted(outputs) == list(range(len(expected))) == list(range(6))
     for index, output in enumerate(expected):
         assert torch.equal(outputs[index], output)
 
 
-def test_weights_of_one_compute_everything(dit: l2c.DiT) -> None:
-    outputs = recorded(dit, inputs(seed=1))
-    with torch.no_grad(), gated(dit, outputs, torch.ones(6)):
-        result = dit(*inputs())
-    assert torch.equal(result, dit(*inputs()))
-    for index, output in enumerate(hooked(dit, inputs())):
+def test_weights_of_one_compute_everything(backbone: Backbone) -> None:
+    outputs = recorded(backbone, inputs(seed=1))
+    with torch.no_grad(), gated(backbone, outputs, torch.ones(6)):
+        result = backbone(*inputs())
+    assert torch.equal(result, backbone(*inputs()))
+    for index, output in enumerate(hooked(backbone, inputs())):
         assert torch.equal(outputs[index], output)
 
 
-def test_weights_of_zero_reuse_everything(dit: l2c.DiT) -> None:
-    before = recorded(dit, inputs(seed=1))
+def test_weights_of_zero_reuse_everything(backbone: Backbone) -> None:
+    before = recorded(backbone, inputs(seed=1))
     outputs = dict(before)
-    with torch.no_grad(), gated(dit, outputs, torch.zeros(6)):
-        result = dit(*inputs())
-    assert not torch.equal(result, dit(*inputs()))
+    with torch.no_grad(), gated(backbone, outputs, torch.zeros(6)):
+        result = backbone(*inputs())
+    assert not torch.equal(result, backbone(*inputs()))
     for index in range(6):
         assert torch.equal(outputs[index], before[index])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_weights_of_zero_and_one_are_the_cached_model_over_many_evaluations(
-    dit: l2c.DiT, seed: int
+    backbone: Backbone, seed: int
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     compute = torch.rand(5, 6, generator=g) > 0.5
     compute[0] = True
-    plan = l2c.Plan.of(compute, l2c.sites(dit))
+    plan = l2c.Plan.of(compute, l2c.sites(backbone))
     outputs: dict[int, Tensor] = {}
-    with torch.no_grad(), l2c.cached(dit, plan):
-        expected = [dit(*inputs(seed=row)) for row in range(5)]
+    with torch.no_grad(), l2c.cached(backbone, plan):
+        expected = [backbone(*inputs(seed=row)) for row in range(5)]
     with torch.no_grad():
         for row in range(5):
-            with gated(dit, outputs, compute[row].float() if row else None):
-                assert torch.equal(dit(*inputs(seed=row)), expected[row])
+            with gated(backbone, outputs, compute[row].float() if row else None):
+                assert torch.equal(backbone(*inputs(seed=row)), expected[row])
 
 
-def test_a_weight_mixes_fresh_and_reused_output(dit: l2c.DiT) -> None:
-    stale = recorded(dit, inputs(seed=1))
+def test_a_weight_mixes_fresh_and_reused_output(backbone: Backbone) -> None:
+    stale = recorded(backbone, inputs(seed=1))
     outputs = dict(stale)
     weights = torch.tensor([0.25, 1.0, 1.0, 1.0, 1.0, 1.0])
-    with torch.no_grad(), gated(dit, outputs, weights):
-        dit(*inputs())
-    fresh = hooked(dit, inputs())[0]  # nothing before it is mixed
+    with torch.no_grad(), gated(backbone, outputs, weights):
+        backbone(*inputs())
+    fresh = hooked(backbone, inputs())[0]  # nothing before it is mixed
     assert torch.equal(outputs[0], 0.25 * fresh + 0.75 * stale[0])
 
 
 # --- gradients ---
 
 
-def direction_and_weights() -> tuple[Tensor, Tensor]:
+def direction_and_weights(model: Backbone) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    direction = torch.randn(2, 6, 8, 8, generator=g, dtype=torch.float64)
+    direction = torch.randn(2, model.out_channels, 8, 8, generator=g, dtype=torch.float64)
     return direction, torch.rand(6, generator=g, dtype=torch.float64).requires_grad_()
 
 
 def mixed_loss(
-    model: l2c.DiT, weights: Tensor, stale: dict[int, Tensor], at: Inputs, direction: Tensor
+    model: Backbone, weights: Tensor, stale: dict[int, Tensor], at: Inputs, direction: Tensor
 ) -> Tensor:
     with gated(model, dict(stale), weights):
         return (model(*at) * direction).sum()
 
 
-def test_gradient_of_a_weight_is_upstream_gradient_times_fresh_minus_stale() -> None:
-    model = tiny_dit().double()
+def test_gradient_of_a_weight_is_upstream_gradient_times_fresh_minus_stale(
+    backbone: Backbone,
+) -> None:
+    model = backbone.double()
     at = inputs(dtype=torch.float64)
     stale = recorded(model, inputs(seed=1, dtype=torch.float64))
-    direction, weights = direction_and_weights()
+    direction, weights = direction_and_weights(model)
 
     mixed = dict(stale)
     fresh: list[Tensor] = []
@@ -152,11 +155,13 @@ def test_gradient_of_a_weight_is_upstream_gradient_times_fresh_minus_stale() -> 
     assert bool((gradient.abs() > 1e-6).all())
 
 
-def test_gradient_of_the_weights_agrees_with_finite_differences() -> None:
-    model = tiny_dit().double()
+def test_gradient_of_the_weights_agrees_with_finite_differences(
+    backbone: Backbone,
+) -> None:
+    model = backbone.double()
     at = inputs(dtype=torch.float64)
     stale = recorded(model, inputs(seed=1, dtype=torch.float64))
-    direction, weights = direction_and_weights()
+    direction, weights = direction_and_weights(model)
     (gradient,) = torch.autograd.grad(mixed_loss(model, weights, stale, at, direction), weights)
     step = 1e-5
     for index in range(6):
@@ -171,40 +176,40 @@ def test_gradient_of_the_weights_agrees_with_finite_differences() -> None:
         assert float(gradient[index]) == pytest.approx(numeric, rel=1e-6, abs=1e-6)
 
 
-def test_backbone_gets_no_gradient_and_stale_outputs_are_constants(dit: l2c.DiT) -> None:
-    stale = recorded(dit, inputs(seed=1))
+def test_backbone_gets_no_gradient_and_stale_outputs_are_constants(backbone: Backbone) -> None:
+    stale = recorded(backbone, inputs(seed=1))
     assert not any(output.requires_grad for output in stale.values())
     weights = torch.full((6,), 0.5, requires_grad=True)
-    with gated(dit, dict(stale), weights):
-        dit(*inputs()).sum().backward()
+    with gated(backbone, dict(stale), weights):
+        backbone(*inputs()).sum().backward()
     assert weights.grad is not None
-    assert all(parameter.grad is None for parameter in dit.parameters())
+    assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
 # --- the model afterwards ---
 
 
-def test_model_is_restored_at_the_end(dit: l2c.DiT) -> None:
-    expected = dit(*inputs())
-    recorded(dit, inputs(seed=1))
-    assert_untouched(dit, inputs(), expected)
+def test_model_is_restored_at_the_end(backbone: Backbone) -> None:
+    expected = backbone(*inputs())
+    recorded(backbone, inputs(seed=1))
+    assert_untouched(backbone, inputs(), expected)
 
 
-def test_model_is_restored_after_an_error(dit: l2c.DiT) -> None:
-    expected = dit(*inputs())
-    with pytest.raises(KeyError), gated(dit, {}, torch.full((6,), 0.5)):
-        dit(*inputs())  # nothing was recorded that could be mixed
-    assert_untouched(dit, inputs(), expected)
-    with pytest.raises(ZeroDivisionError), gated(dit, {}, None):
+def test_model_is_restored_after_an_error(backbone: Backbone) -> None:
+    expected = backbone(*inputs())
+    with pytest.raises(KeyError), gated(backbone, {}, torch.full((6,), 0.5)):
+        backbone(*inputs())  # nothing was recorded that could be mixed
+    assert_untouched(backbone, inputs(), expected)
+    with pytest.raises(ZeroDivisionError), gated(backbone, {}, None):
         raise ZeroDivisionError
-    assert_untouched(dit, inputs(), expected)
-    recorded(dit, inputs())  # and it can be used again
+    assert_untouched(backbone, inputs(), expected)
+    recorded(backbone, inputs())  # and it can be used again
 
 
-def test_a_gated_model_cannot_be_gated_again(dit: l2c.DiT) -> None:
+def test_a_gated_model_cannot_be_gated_again(backbone: Backbone) -> None:
     with (
-        gated(dit, {}, None),
+        gated(backbone, {}, None),
         pytest.raises(ValueError, match="leave the other `with` block first"),
-        gated(dit, {}, None),
+        gated(backbone, {}, None),
     ):
         pass

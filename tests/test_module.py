@@ -292,7 +292,12 @@ def test_router_says_where_it_comes_from(config: dict[str, Any], tmp_path: Path)
     assert router.threshold == 0.25
     assert router.guidance_scale is None
     provenance = dict(router.provenance)
-    assert provenance["objective"] == {"name": "l2c-pairs", "penalty": 1e-3, "label_dropout": 0.1}
+    assert provenance["objective"] == {
+        "name": "l2c-pairs",
+        "penalty": 1e-3,
+        "label_dropout": 0.1,
+        "reduction": "mean",
+    }
     assert provenance["backbone"] == backbone
     assert provenance["seed"] == 5
     assert provenance["clamp"] == 4.0

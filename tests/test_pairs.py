@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import l2c
-from tests.fitting import lively_dit
-from train.pairs import PairLoss, Pairs
+from l2c.backbone import Backbone, sinusoidal
+from l2c.solvers import solver
+from tests.conftest import blocks_of
+from tests.fitting import configuration, lively_dit, lively_uvit, run, write_latents
+from train.pairs import Pair, PairLoss, Pairs
 from train.seeding import generator
 
 Batch = dict[str, Tensor]
@@ -70,9 +76,10 @@ def test_a_single_evaluation_has_no_pair() -> None:
         Pairs().gated(l2c.Schedule.ddim(1))
 
 
-def test_schedules_of_other_solvers_are_refused() -> None:
-    with pytest.raises(ValueError, match="for ddim, got a schedule of euler"):
-        Pairs().gated(l2c.Schedule("euler", (999, 500, 0)))
+def test_schedules_of_unknown_solvers_are_refused(dit: l2c.DiT) -> None:
+    euler = l2c.Schedule("euler", (999, 500, 0))
+    with pytest.raises(ValueError, match="unknown solver 'euler'; known are ddim"):
+        Pairs().draw(dit, euler, batch(), generator(0))
 
 
 @pytest.mark.parametrize("settings", [{"penalty": -1.0}, {"label_dropout": 1.1}])
@@ -267,3 +274,229 @@ def test_the_penalty_pushes_every_gate_equally(dit: l2c.DiT, schedule: l2c.Sched
     loss = Pairs(penalty=0.25).loss(dit, schedule, lambda _: weights, batch(), generator(0))
     (gradient,) = torch.autograd.grad(loss.penalty, weights)
     assert torch.equal(gradient, torch.full((6,), 0.25))
+
+
+# --- two evaluations per step ---
+
+UVIT = l2c.Noise.uvit()
+SECOND_ORDER = [
+    l2c.Schedule.dpm_solver_2(10),
+    l2c.Schedule.dpm_solver_2(10, "log_snr", "noise"),
+]
+
+
+@pytest.mark.parametrize("evaluations", [4, 6, 20, 50])
+def test_the_first_evaluation_of_every_step_but_the_first_is_gated(evaluations: int) -> None:
+    gated = Pairs().gated(l2c.Schedule.dpm_solver_2(evaluations))
+    assert gated.nonzero().flatten().tolist() == list(range(2, evaluations, 2))
+    # the published counts: 9 of 20 and 24 of 50
+    assert int(gated.sum()) == evaluations // 2 - 1
+
+
+def test_what_is_gated_is_what_the_shifted_plan_reuses() -> None:
+    schedule, sites = l2c.Schedule.dpm_solver_2(20), l2c.sites(lively_uvit())
+    reused = [not any(row) for row in l2c.Plan.every(2, schedule, sites).compute]
+    assert Pairs().gated(schedule).tolist() == reused
+
+
+def test_a_single_step_of_two_evaluations_has_no_pair() -> None:
+    with pytest.raises(ValueError, match="at least 4 evaluations of dpm_solver_2.*got 2"):
+        Pairs().gated(l2c.Schedule.dpm_solver_2(2))
+
+
+class Watched:
+    """What a backbone was asked while a pair was drawn, and what its sub-layers gave."""
+
+    def __init__(self, model: Backbone, schedule: l2c.Schedule, row: int, **options: Any) -> None:
+        self.asked: list[tuple[Tensor, ...]] = []
+        self.outputs: list[list[Tensor]] = []
+        hooks = [model.register_forward_pre_hook(self._ask)]
+        hooks += [
+            layer.register_forward_hook(lambda _, __, out: self.outputs[-1].append(out))
+            for block in blocks_of(model)
+            for layer in (block.attn, block.mlp)
+        ]
+        objective = Pairs(**{"label_dropout": 0.5, **options})
+        self.pair: Pair = objective.draw(model, schedule, batch(), generator(0), row)
+        for hook in hooks:
+            hook.remove()
+
+    def _ask(self, _: Any, given: tuple[Tensor, ...]) -> None:
+        self.asked.append(given)
+        self.outputs.append([])
+
+
+@pytest.mark.parametrize("schedule", SECOND_ORDER, ids=str)
+@pytest.mark.parametrize("row", [2, 4, 8])
+def test_a_whole_step_leads_to_the_gated_evaluation(schedule: l2c.Schedule, row: int) -> None:
+    model = lively_uvit()
+    watched = Watched(model, schedule, row)
+    (noisy, start, labels), (_, middle, same_labels) = watched.asked
+    expected = torch.tensor(schedule.timesteps[row - 2 : row + 1], dtype=torch.float32)
+    assert torch.equal(torch.stack([start[0], middle[0], watched.pair.inputs[1][0]]), expected)
+    assert torch.equal(labels, same_labels)
+    assert torch.equal(labels, watched.pair.inputs[2])
+    assert set(labels.tolist()) > {10}
+
+    g = generator(0)
+    torch.randint(4, (), generator=g)
+    noise = torch.randn(5, 3, 8, 8, generator=g)
+    acp = UVIT.acp(float(start[0]))
+    by_formula = acp**0.5 * batch()["latents"] + (1 - acp) ** 0.5 * noise
+    # float32, and roots taken before or after rounding to it
+    torch.testing.assert_close(noisy, by_formula, rtol=1e-5, atol=1e-6)
+
+    steps = solver(schedule, noisy, row - 2)
+    x, t = next(steps)
+    with torch.no_grad():
+        for _ in range(2):
+            x, t = steps.send(model(x, torch.full((5,), t), labels))
+    assert t == schedule.timesteps[row]
+    assert torch.equal(watched.pair.inputs[0], x)
+    assert not torch.equal(x, noisy)
+
+
+@pytest.mark.parametrize("row", [2, 8])
+def test_the_outputs_to_reuse_are_those_of_the_step_s_middle(row: int) -> None:
+    watched = Watched(lively_uvit(), SECOND_ORDER[0], row)
+    first, middle = watched.outputs
+    assert sorted(watched.pair.outputs) == list(range(6))
+    for index, output in watched.pair.outputs.items():
+        assert torch.equal(output, middle[index])
+        assert not torch.equal(output, first[index])
+        assert not output.requires_grad
+
+
+def uvit_forward(
+    model: l2c.UViT, at: tuple[Tensor, ...], stale: dict[int, Tensor], weights: Tensor
+) -> Tensor:
+    """A U-ViT of depth 2 evaluated block by block, its sub-layers mixed (L2C, eq. 6)."""
+    x, t, labels = at
+    time = sinusoidal(t, 32)[:, None]
+    h = torch.cat([model.label_emb(labels)[:, None], time, model.patch_embed(x)], dim=1)
+    h = skip = h + model.pos_embed
+    for i, block in enumerate([model.in_blocks[0], model.mid_block, model.out_blocks[0]]):
+        if i == 2:
+            h = block.skip_linear(torch.cat([h, skip], dim=-1))
+        for k, (norm, layer) in enumerate(((block.norm1, block.attn), (block.norm2, block.mlp))):
+            w = weights[2 * i + k]
+            h = h + w * layer(norm(h)) + (1 - w) * stale[2 * i + k]
+        if i == 0:
+            skip = h
+    return model.unpatchify(model.decoder_pred(model.norm(h))[:, 2:])
+
+
+@pytest.mark.parametrize("schedule", SECOND_ORDER, ids=str)
+@pytest.mark.parametrize("row", [2, 6])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_of_a_uvit_equals_one_written_block_by_block(
+    schedule: l2c.Schedule, row: int, reduction: str
+) -> None:
+    model, weights = lively_uvit(), scores()(row)
+    objective = Pairs(0.01, 0.5, reduction)
+    loss = objective.loss(model, schedule, scores(), batch(), generator(0), row)
+    pair = Watched(model, schedule, row).pair
+    with torch.no_grad():
+        target = model(*pair.inputs)
+        squares = (uvit_forward(model, pair.inputs, pair.outputs, weights) - target) ** 2
+    expected = squares.mean() if reduction == "mean" else squares.sum(dim=(1, 2, 3)).mean()
+    assert float(squares.mean()) > 1e-6
+    # float32: this file's arithmetic is written, and may be rounded, in another order
+    torch.testing.assert_close(loss.error, expected, rtol=1e-3, atol=0)
+    assert torch.equal(loss.penalty, 0.01 * weights.sum())
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_open_gates_of_a_uvit_have_no_error_and_closed_ones_no_price(weight: float) -> None:
+    model = lively_uvit()
+    for row in (2, 4, 6, 8):
+        loss = Pairs(penalty=0.5).loss(
+            model, SECOND_ORDER[0], lambda _: torch.full((6,), weight), batch(), generator(0), row
+        )
+        assert (float(loss.error) == 0) == (weight == 1)
+        assert float(loss.penalty) == 3 * weight
+
+
+def test_a_sum_is_so_many_means_as_a_sample_has_elements() -> None:
+    model = lively_uvit(in_channels=4)
+    given = {"latents": torch.randn(4, 4, 8, 8), "labels": torch.arange(4)}
+    errors = [
+        Pairs(reduction=reduction).loss(model, SECOND_ORDER[0], scores(), given, generator(0)).error
+        for reduction in ("sum", "mean")
+    ]
+    assert float(errors[0]) == 4 * 8 * 8 * float(errors[1])  # a power of two, so exactly
+    with pytest.raises(ValueError, match='"mean" or "sum", got \'max\''):
+        Pairs(reduction="max")
+
+
+# --- other solvers with one evaluation per step ---
+
+
+@pytest.mark.parametrize("row", [1, 3, 5])
+def test_a_pair_of_the_multistep_solver_begins_without_history(row: int) -> None:
+    """Its first step from a noised sample is then one of DDIM."""
+    model = lively_uvit()
+    schedule = l2c.Schedule.dpm_solver_pp_2m(6, noise=UVIT)
+    watched = Watched(model, schedule, row)
+    ((noisy, t, labels),) = watched.asked
+    assert t.tolist() == [schedule.timesteps[row - 1]] * 5
+    with torch.no_grad():
+        eps = model(noisy, t, labels)
+    a, b = (UVIT.acp(s) for s in schedule.timesteps[row - 1 : row + 1])
+    clean = (noisy - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    expected = math.sqrt(b) * clean + math.sqrt(1 - b) * eps
+    # float32, and a step written in log-SNR
+    torch.testing.assert_close(watched.pair.inputs[0], expected, rtol=1e-4, atol=1e-5)
+    for index, output in watched.pair.outputs.items():
+        assert torch.equal(output, watched.outputs[0][index])
+
+
+def test_a_pair_of_a_flow_is_a_step_along_the_velocity() -> None:
+    model = lively_uvit()
+    model.noise = l2c.Flow()
+    schedule = l2c.Schedule.flow_euler(6, 2.0)
+    assert Pairs().gated(schedule).nonzero().flatten().tolist() == [1, 3, 5]
+    watched = Watched(model, schedule, 3)
+    ((noisy, t, labels),) = watched.asked
+    g = generator(0)
+    torch.randint(3, (), generator=g)
+    noise = torch.randn(5, 3, 8, 8, generator=g)
+    s, after = (x / 1000 for x in schedule.timesteps[2:4])
+    # float32
+    torch.testing.assert_close(noisy, (1 - s) * batch()["latents"] + s * noise)
+    with torch.no_grad():
+        expected = noisy + (after - s) * model(noisy, t, labels)
+    torch.testing.assert_close(watched.pair.inputs[0], expected)
+
+
+# --- the router that comes out ---
+
+
+def test_a_router_for_a_uvit_is_trained_exported_and_sampled_with(tmp_path: Path) -> None:
+    model = lively_uvit()
+    model.save_pretrained(tmp_path / "uvit")
+    latents = write_latents(tmp_path / "latents")
+    config = configuration(tmp_path / "run", tmp_path / "uvit", latents)
+    config["model"]["init_args"] |= {
+        "solver": "dpm_solver_2",
+        "evaluations": 8,
+        "threshold": 0.9,
+        "clamp": None,
+        "objective": {
+            "class_path": "Pairs",
+            "init_args": {"penalty": 0.1, "reduction": "sum"},
+        },
+    }
+    run("fit", config, tmp_path / "run")
+    router = l2c.Router.load(tmp_path / "run" / "router.safetensors", model)
+    assert router.schedule == l2c.Schedule.dpm_solver_2(8)
+    assert router.gated.nonzero().flatten().tolist() == [2, 4, 6]
+    assert int(router.updates.sum()) == 12
+    assert router.updates[~router.gated].sum() == 0
+    plan = router.plan()
+    assert all(all(plan.compute[row]) for row in (0, 1, 3, 5, 7))
+    samples = [
+        l2c.sample(model, router.schedule, [1, 2], 1.4, guidance_calls=calls, router=router)
+        for calls in (1, 2)
+    ]
+    assert all(bool(x.isfinite().all()) for x in samples)

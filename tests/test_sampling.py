@@ -12,7 +12,7 @@ from torch import Tensor
 import l2c
 from l2c.sampling import decode, initial_latents
 from l2c.solvers import solve
-from tests.conftest import make_router, tiny_dit
+from tests.conftest import make_router, tiny_dit, tiny_uvit
 
 LABELS = [1, 2, 3, 4, 5]
 
@@ -239,3 +239,44 @@ def test_routers_of_another_model_or_guidance_are_refused(
         l2c.sample(dit, schedule, [1], 4.0, router=router)
     with pytest.raises(ValueError, match=r"weights: expected \w+, got \w+"):
         l2c.sample(tiny_dit(seed=1), schedule, [1], 1.5, router=router)
+
+
+# --- noise and solvers ---
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [l2c.Schedule.ddim(4), l2c.Schedule.dpm_solver_pp_2m(4), l2c.Schedule.flow_euler(4)],
+    ids=str,
+)
+def test_schedules_of_another_noise_are_refused(schedule: l2c.Schedule) -> None:
+    model = tiny_uvit()
+    with pytest.raises(
+        ValueError, match="this UViT's noise Noise.*first=1.*give noise=model.noise"
+    ):
+        l2c.sample(model, schedule, [1])
+    with pytest.raises(ValueError, match="this DiT's noise"):
+        l2c.sample(tiny_dit(), l2c.Schedule.dpm_solver_2(4), [1])
+    assert l2c.sample(model, l2c.Schedule.ddim(4, noise=model.noise), [1]).shape == (1, 3, 8, 8)
+
+
+def test_a_model_trained_on_another_noise_says_so_by_its_attribute() -> None:
+    model, schedule = tiny_uvit(), l2c.Schedule.flow_euler(4, 2.0)
+    model.noise = l2c.Flow()
+    noise = initial_latents(model, 2, seeded())
+    labels = torch.tensor([1, 2])
+    expected = solve(schedule, noise, lambda x, t: model(x, torch.full((2,), t), labels).detach())
+    assert torch.equal(l2c.sample(model, schedule, labels, latents=noise), expected)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver_2", "dpm_solver_pp_2m"])
+def test_a_uvit_is_given_the_schedule_s_timesteps(name: str) -> None:
+    model = tiny_uvit()
+    schedule = l2c.Schedule.of(name, 6, noise=model.noise)
+    seen: list[Tensor] = []
+    handle = model.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    l2c.sample(model, schedule, [1, 2], 1.4)
+    handle.remove()
+    for t, given in zip(schedule.timesteps, seen, strict=True):
+        assert given.shape == (4,)
+        assert float(given[0]) == float(torch.tensor(float(t)))  # float32 between whole ones

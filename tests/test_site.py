@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import l2c
-from tests.conftest import tiny_dit
+from tests.conftest import tiny_dit, tiny_uvit
 
 
 def test_costs_follow_the_formula(dit: l2c.DiT) -> None:
@@ -39,6 +39,57 @@ def test_totals_are_the_published_ones(name: str, size: int, steps: int, total: 
     # one of the last printed digit.
     products = 2 * tokens * tokens * config["hidden_size"] * config["depth"]
     assert steps * (l2c.sites(model).macs - products) / 1e12 == pytest.approx(total, abs=0.011)
+
+
+@pytest.mark.parametrize(("labels", "extras"), [(10, 2), (0, 1)])
+@pytest.mark.parametrize("depth", [2, 6])
+def test_costs_of_a_uvit_follow_the_formula(depth: int, labels: int, extras: int) -> None:
+    width, tokens, patch = 32, 16 + extras, 2 * 2 * 3
+    found = l2c.sites(tiny_uvit(depth=depth, num_classes=labels, null_class=labels > 0))
+    sides = [[f"{side}_blocks.{i}" for i in range(depth // 2)] for side in ("in", "out")]
+    blocks = [*sides[0], "mid_block", *sides[1]]
+    assert found.names == tuple(f"{block}.{kind}" for block in blocks for kind in ("attn", "mlp"))
+    assert len(found) == 2 * (depth + 1)
+    products = 2 * tokens * tokens * width  # queries with keys, weights with values
+    attention, mlp = 4 * width * width * tokens + products, 8 * width * width * tokens
+    assert [site.macs for site in found] == [attention, mlp] * (depth + 1)
+    skips = depth // 2 * 2 * width * width * tokens
+    # The output is projected before the first tokens are left out.
+    assert found.rest == skips + patch * width * 16 + width * patch * tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "macs"),
+    [
+        ({"conv": True}, 3 * 3 * 3 * 3 * 64),
+        ({"mlp_time_embed": True}, 2 * 32 * 4 * 32),
+        ({"null_class": False}, 0),
+    ],
+)
+def test_options_of_a_uvit_cost_what_they_add(options: dict[str, bool], macs: int) -> None:
+    plain, found = l2c.sites(tiny_uvit()), l2c.sites(tiny_uvit(**options))
+    assert found.sites == plain.sites
+    assert found.rest == plain.rest + macs
+
+
+def test_totals_of_the_uvit_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        model = l2c.UViT.named("U-ViT-H/2")
+    found = l2c.sites(model)
+    assert len(found) == 58
+    width, tokens = 1152, 2 + 16 * 16
+    # The published counter leaves the attention products out, l2c counts them. The tolerance is
+    # one of the last printed digit.
+    total = found.macs - 2 * tokens * tokens * width * 29
+    assert 50 * total / 1e12 == pytest.approx(6.44, abs=0.01)
+    assert 20 * total / 1e12 == pytest.approx(2.58, abs=0.01)
+    # What merges the skips is most of what no plan can save.
+    skips = 14 * 2 * width * width * tokens
+    assert round(100 * skips / found.macs, 1) == round(100 * found.rest / found.macs, 1) == 7.2
+    # All reused in 24 of 50 evaluations, and in 9 of 20.
+    for evaluations, bound in ((50, 1.80), (20, 1.72)):
+        plan = l2c.Plan.every(2, l2c.Schedule.dpm_solver_2(evaluations), found)
+        assert round(plan.speedup, 2) == bound
 
 
 def test_counting_touches_neither_weights_nor_model(dit: l2c.DiT) -> None:

@@ -76,7 +76,13 @@ class DiffusionTraining(L.LightningModule):
     def configure_model(self) -> None:
         """Take the initial weights, before they are averaged or restored from a checkpoint."""
         if self._initial is not None:
-            self.backbone.load_state_dict(l2c.load(self._initial).state_dict())
+            try:
+                self.backbone.load_state_dict(l2c.load(self._initial).state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the weights in {self._initial} do not fit "
+                    f"{type(self.backbone).__name__}({self.backbone.config}): {error}"
+                ) from error
             self._initial = None
 
     def configure_optimizers(self) -> Any:
