@@ -6,7 +6,7 @@ module that computes one cacheable output with everything that only this output 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +25,19 @@ class Family:
     Args:
         containers: Names of the blocks, or of the module lists that hold them, in calling order.
         anchors: Site name within a block -> the block's method that computes its output.
+        modulated: Names of the containers and modules whose method `modulation` depends on nothing
+            but the model's `condition(t, y)`.
     """
 
     containers: tuple[str, ...]
     anchors: Mapping[str, str]
+    modulated: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
-    "DiT": Family(("blocks",), {"attn": "attention", "mlp": "feedforward"}),
+    "DiT": Family(
+        ("blocks",), {"attn": "attention", "mlp": "feedforward"}, ("blocks", "final_layer")
+    ),
     "UViT": Family(
         ("in_blocks", "mid_block", "out_blocks"), {"attn": "attention", "mlp": "feedforward"}
     ),
@@ -105,11 +110,28 @@ def attached(
     if wrap_forward is not None:
         targets.append((model, "forward"))
         wrappers.append(wrap_forward(model.forward))
-    before = [module.__dict__.get(attribute, _ABSENT) for module, attribute in targets]
     model.__dict__["_l2c_attached"] = True
     try:
-        for (module, attribute), wrapper in zip(targets, wrappers, strict=True):
-            module.__dict__[attribute] = wrapper
+        with replaced(targets, wrappers):
+            yield
+    finally:
+        del model.__dict__["_l2c_attached"]
+
+
+def modulated(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules whose `modulation` depends on timestep and label alone; none if not declared."""
+    family = FAMILIES.get(type(model).__name__)
+    names = family.modulated if family else ()
+    return tuple(module for name in names for _, module in _blocks(model, name))
+
+
+@contextmanager
+def replaced(targets: Sequence[tuple[nn.Module, str]], calls: Sequence[Call]) -> Iterator[None]:
+    """Put calls in the place of attributes of modules; on exit all is as it was."""
+    before = [module.__dict__.get(attribute, _ABSENT) for module, attribute in targets]
+    try:
+        for (module, attribute), call in zip(targets, calls, strict=True):
+            module.__dict__[attribute] = call
         yield
     finally:
         for (module, attribute), original in zip(targets, before, strict=True):
@@ -117,4 +139,3 @@ def attached(
                 module.__dict__.pop(attribute, None)
             else:
                 module.__dict__[attribute] = original
-        del model.__dict__["_l2c_attached"]

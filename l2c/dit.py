@@ -89,9 +89,14 @@ class DiTBlock(nn.Module):
         out: Tensor = self.mlp(modulate(self.norm2(x), shift, scale))
         return out
 
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of both sub-layers, [B, D] each, from the conditioning [B, D]."""
+        parts: tuple[Tensor, ...] = self.adaLN_modulation(c).chunk(6, dim=1)
+        return parts
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens [B, T, D] under the conditioning [B, D] to tokens."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         x = x + gate1.unsqueeze(1) * self.attention(x, shift1, scale1)
         x = x + gate2.unsqueeze(1) * self.feedforward(x, shift2, scale2)
         return x
@@ -106,9 +111,14 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Shift and scale, [B, D] each, from the conditioning [B, D]."""
+        parts: tuple[Tensor, ...] = self.adaLN_modulation(c).chunk(2, dim=1)
+        return parts
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens [B, T, D] to patches [B, T, patch * patch * C]."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self.modulation(c)
         out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return out
 
@@ -256,6 +266,11 @@ class DiT(Backbone):
         x = torch.einsum("bhwpqc->bchpwq", x)
         return x.reshape(-1, self.out_channels, grid * p, grid * p)
 
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """The conditioning [B, D] of timesteps and labels [B]."""
+        embedded: Tensor = self.t_embedder(t) + self.y_embedder(y)
+        return embedded
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise, and with `learn_sigma` the variance in as many further channels.
 
@@ -268,7 +283,7 @@ class DiT(Backbone):
             [B, C, H, H], or [B, 2 C, H, H] with `learn_sigma`.
         """
         x = self.x_embedder(x) + self.pos_embed  # [B, T, D]
-        c = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
+        c = self.condition(t, y)
         for block in self.blocks:
             x = block(x, c)
         return self.unpatchify(self.final_layer(x, c))

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from l2c.cache import cached
+from l2c.conditioning import prepared
 from l2c.plan import Plan
 from l2c.router import Router
 from l2c.schedule import Schedule
@@ -114,7 +115,8 @@ def sample(
             part = labels[start : start + size].to(weight.device)
             predict = _Predict(model, part, guidance_scale, guidance_channels, guidance_calls)
             noise = x[start : start + size].to(weight.device)
-            with nullcontext() if plan is None else cached(model, plan, predict.calls):
+            caching = nullcontext() if plan is None else cached(model, plan, predict.calls)
+            with prepared(model, schedule.timesteps, predict.labels), caching:
                 result = solve(schedule, noise, predict, step)
             done.append(result if vae is None else decode(vae, result))
     return torch.cat(done)

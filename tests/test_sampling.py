@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import l2c
+from l2c.conditioning import prepared
 from l2c.sampling import decode, initial_latents
 from l2c.solvers import solve
 from tests.conftest import make_router, tiny_dit, tiny_uvit
@@ -77,7 +78,8 @@ def test_guidance_of_three_channels_is_the_original_s(schedule: l2c.Schedule) ->
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
     noise = initial_latents(model, 5, seeded())
-    expected = solve(schedule, torch.cat([noise, noise]), predict)[:5]
+    with torch.no_grad(), prepared(model, schedule.timesteps, [labels]):
+        expected = solve(schedule, torch.cat([noise, noise]), predict)[:5]
     mine = l2c.sample(model, schedule, LABELS, 4.0, guidance_channels=3, latents=noise)
     assert torch.equal(mine, expected)
     assert not torch.equal(mine, l2c.sample(model, schedule, LABELS, 4.0, latents=noise))
