@@ -1,4 +1,4 @@
-"""The console script: `l2c show ROUTER` and `l2c sample ROUTER --model DIR --out FILE.png`."""
+"""The console script: `l2c show`, `l2c sample` and `l2c convert`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except ValueError as error:
-        print(f"l2c {options.command}: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # as in `l2c show FILE | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"l2c {options.command}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -39,6 +39,33 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="print JSON instead of text")
     show.add_argument("--png", metavar="FILE", help="also draw the scores as a heat map")
     show.set_defaults(run=_show)
+
+    convert = commands.add_parser(
+        "convert",
+        help="read and write published formats",
+        description="Routers of Learning-to-Cache (.pt of DiT, .pth of U-ViT) and schedules of "
+        "SmoothCache (.json) to router files (.safetensors), and back. Nothing in a file is run.",
+    )
+    convert.add_argument("source", metavar="IN", help=".pt, .pth, .json or .safetensors")
+    convert.add_argument("out", metavar="OUT", help="the same; its suffix decides the format")
+    convert.add_argument(
+        "--model",
+        help="the model: a published name such as DiT-XL/2, or a folder or checkpoint, to whose "
+        "weights the router is then bound (default: what a Learning-to-Cache file tells)",
+    )
+    convert.add_argument("--evaluations", type=int, help="refuse a file for another number")
+    convert.add_argument(
+        "--threshold",
+        type=float,
+        help="compute above this score, in [0, 1] (default: the router file's, or the published "
+        "one: 0.1 for DiT, 0.9 for its 512 x 512 model and for U-ViT)",
+    )
+    convert.add_argument(
+        "--input-size", type=int, help="side of a published model's latent (default 32)"
+    )
+    convert.add_argument("--solver", help="of a SmoothCache schedule (default ddim)")
+    convert.add_argument("--spacing", help="of its timesteps (default: the solver's)")
+    convert.set_defaults(run=_convert)
 
     sample = commands.add_parser("sample", help="draw samples with a router into a picture")
     sample.add_argument("router", help="router file")
@@ -101,19 +128,16 @@ def _described(router: Router, threshold: float | None) -> dict[str, Any]:
 def _text(router: Router, threshold: float | None) -> str:
     plan = router.plan(threshold)
     gated = router.gated
-    trained = router.updates[gated]
     guidance = "any" if router.guidance_scale is None else f"{router.guidance_scale:g}"
     lines = {
-        "model": f"{router.identity.backbone}, weights {router.identity.weights[:12]}",
+        "model": f"{router.identity.backbone}, weights {router.identity.brief}",
         "schedule": str(router.schedule),
         "guidance scale": guidance,
         "threshold": f"{router.threshold if threshold is None else threshold:g}",
         "compute": f"{plan.share:.1%} of the MACs, {plan.speedup:.2f}x predicted speed-up",
         "reused": f"{plan.reused} of {int(gated.sum()) * len(router.sites)} gated outputs",
         "unsaturated": f"{router.unsaturated:.1%} of the gated scores lie in (0.05, 0.95)",
-        "updates": f"{int(trained.min())} to {int(trained.max())} per gated evaluation"
-        if len(trained)
-        else "no evaluation is gated",
+        "updates": _updates(router.updates[gated]),
     }
     for key, value in router.provenance.items():
         nested = isinstance(value, dict)
@@ -121,6 +145,37 @@ def _text(router: Router, threshold: float | None) -> str:
         lines[key.replace("_", " ")] = text
     width = max(map(len, lines))
     return "\n".join(f"{key:>{width}}  {value}" for key, value in lines.items())
+
+
+def _updates(trained: Any) -> str:
+    if not len(trained):
+        return "no evaluation is gated"
+    if int(trained.min()) < 0:
+        return "not recorded: the scores were given"
+    return f"{int(trained.min())} to {int(trained.max())} per gated evaluation"
+
+
+def _convert(options: Any) -> None:
+    from l2c.published import read, write
+
+    router = read(
+        options.source,
+        options.model,
+        evaluations=options.evaluations,
+        threshold=options.threshold,
+        input_size=options.input_size,
+        solver=options.solver,
+        spacing=options.spacing,
+    )
+    lost = write(router, options.out)
+    plan = router.plan()
+    gated = int(router.gated.sum()) * len(router.sites)
+    print(
+        f"{router.identity.backbone}, weights {router.identity.brief}, {router.schedule}: "
+        f"{plan.reused} of {gated} gated outputs reused ({plan.reused / max(1, gated):.2%}), "
+        f"{plan.share:.1%} of the MACs"
+    )
+    print(f"wrote {options.out}", *(f"not in it: {what}" for what in lost), sep="\n")
 
 
 def _sample(options: Any) -> None:

@@ -21,21 +21,23 @@ class Identity:
     Args:
         backbone: Name of the class.
         config: Its constructor's arguments.
-        weights: Fingerprint of the state dict, see `fingerprint`.
+        weights: Fingerprint of the state dict, see `fingerprint`; None if nobody recorded it, as
+            for routers that others published.
     """
 
     backbone: str
     config: Mapping[str, Any]
-    weights: str
+    weights: str | None
 
     @classmethod
     def of(cls, model: nn.Module) -> Identity:
-        """Identify a model."""
+        """Identify a model; one on the meta device has no weights to record."""
         config: Any = getattr(model, "config", {})
-        return cls(type(model).__name__, dict(config), fingerprint(model))
+        empty = any(parameter.is_meta for parameter in model.parameters())
+        return cls(type(model).__name__, dict(config), None if empty else fingerprint(model))
 
     def differences(self, other: Identity) -> list[str]:
-        """What differs, a line each; empty if equal."""
+        """What differs, a line each; empty if equal. Weights that were not recorded fit any."""
         if self.backbone != other.backbone:
             return [f"backbone: expected {self.backbone}, got {other.backbone}"]
         lines = [
@@ -43,9 +45,15 @@ class Identity:
             for key in sorted({*self.config, *other.config})
             if self.config.get(key) != other.config.get(key)
         ]
-        if not lines and self.weights != other.weights:
-            lines = [f"weights: expected {self.weights[:12]}, got {other.weights[:12]}"]
+        recorded = self.weights is not None and other.weights is not None
+        if not lines and recorded and self.weights != other.weights:
+            lines = [f"weights: expected {self.brief}, got {other.brief}"]
         return lines
+
+    @property
+    def brief(self) -> str:
+        """The fingerprint's first digits, or "unknown"."""
+        return "unknown" if self.weights is None else self.weights[:12]
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from l2c.plan import Plan
 from l2c.schedule import Schedule
 from l2c.site import Sites, sites
 
+UNCOUNTED = -1  # updates of scores that came from elsewhere, without a count
+
 
 @dataclass(frozen=True, eq=False)
 class Router:
@@ -26,7 +28,8 @@ class Router:
         scores: How much each site is worth computing, [evaluation, site] in [0, 1].
         gated: Which evaluations the router decides about, [evaluation]; the others always
             compute everything.
-        updates: How many optimizer steps trained each evaluation's gates, [evaluation].
+        updates: How many optimizer steps trained each evaluation's gates, [evaluation]; -1 where
+            the scores were given and nobody counted, as in what others published.
         sites: The sites and their costs.
         schedule: The schedule that it was trained on.
         identity: The model that it was trained for.
@@ -65,6 +68,10 @@ class Router:
             raise ValueError(f"expected gated as torch.bool, got {self.gated.dtype}")
         if not bool(((self.scores >= 0) & (self.scores <= 1)).all()):  # also false for NaN
             raise ValueError("expected scores in [0, 1], got values outside, or NaN")
+        if bool((self.updates < UNCOUNTED).any()):
+            raise ValueError(
+                f"expected updates from {UNCOUNTED} (not counted) on, got {int(self.updates.min())}"
+            )
         if bool(self.gated[0]):
             raise ValueError("evaluation 0 has nothing to reuse, so it can't be gated")
         if not 0 <= self.threshold <= 1:
@@ -102,6 +109,10 @@ class Router:
         guidance_scale: float | None = None,
     ) -> None:
         """Refuse what the router was not trained for; None skips a check.
+
+        Warns:
+            UserWarning: If the weights that it was made for, or the model's, are not recorded, so
+                that they can't be compared; once in a program.
 
         Raises:
             ValueError: Naming each difference, what was expected, and what to do.
@@ -144,6 +155,13 @@ class Router:
             raise ValueError(
                 "this router lists other costs for its sites than this model has; it was edited, "
                 "or made by another version. Train a router with this version"
+            )
+        if self.identity.weights is None or identity.weights is None:
+            # At one place whoever calls, so that Python's filter says it once.
+            warnings.warn(
+                "this router does not say for which weights it was made, or the model has none, so "
+                "they were not checked; router.rebind(model) binds it to a model's",
+                stacklevel=1,
             )
 
     def rebind(self, model: nn.Module) -> Router:

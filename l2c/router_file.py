@@ -1,8 +1,9 @@
 """The router file: one safetensors file that says all that is needed to refuse misuse.
 
 Tensors: `scores` float32 [evaluation, site], `gated` uint8 [evaluation], `updates` int64
-[evaluation]. Metadata: `l2c`, a JSON object (format, version, identity, sites, schedule, guidance,
-threshold, provenance), and `sha256` over that text and the tensors.
+[evaluation], -1 where nobody counted. Metadata: `l2c`, a JSON object (format, version, identity,
+its weights null where nobody recorded them, sites, schedule, guidance, threshold, provenance), and
+`sha256` over that text and the tensors.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _build(described: dict[str, Any], tensors: dict[str, Tensor]) -> Router:
     identity = Identity(
         _typed(described["identity"]["backbone"], str),
         _typed(described["identity"]["config"], dict),
-        _typed(described["identity"]["weights"], str),
+        _typed(described["identity"]["weights"], str | None),
     )
     provenance = {**described["provenance"], "l2c_version": described["version"]}
     return Router(
@@ -137,7 +138,10 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        if zipfile.is_zipfile(path) or path.read_bytes()[:1] == b"\x80":
+        start = path.read_bytes()[:3]
+        # The length of a safetensors header may begin with that byte too, but its third is 0,
+        # which is no opcode of a pickle.
+        if zipfile.is_zipfile(path) or (start[:1] == b"\x80" and start[2:] not in (b"", b"\0")):
             raise ValueError(
                 f"{path} is a pickle, which can run any code when it is opened; "
                 "expected a router file in safetensors, as written by Router.save"

@@ -21,7 +21,7 @@ def router_file(router: l2c.Router, tmp_path: Path) -> Path:
     return tmp_path / "router.safetensors"
 
 
-@pytest.mark.parametrize("command", [[], ["show"], ["sample"]])
+@pytest.mark.parametrize("command", [[], ["show"], ["sample"], ["convert"]])
 def test_help_does_not_wait_for_pytorch(command: list[str]) -> None:
     code = f"""
 import sys
@@ -93,6 +93,62 @@ def test_errors_are_one_line_and_status_1(
     assert "config.json" in lines[1]
     assert "expected labels like 0,3,3, got '1,b'" in lines[2]
     assert not Path(out).exists()
+
+
+def test_convert_and_show_what_came_of_it(
+    dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "schedule.json", tmp_path / "router.safetensors"
+    source.write_text('{"attn": [1, 0, 1, 0], "mlp": [1, 1, 1, 1]}')
+    assert main(["convert", str(source), str(out), "--model", "DiT-S/8"]) == 0
+    printed = capsys.readouterr().out
+    assert "weights unknown, ddim with 4 evaluations" in printed
+    assert "24 of 48 gated outputs reused (50.00%)" in printed
+    assert printed.endswith(f"wrote {out}\n")
+    assert main(["show", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "DiT, weights unknown" in shown
+    assert "not recorded: the scores were given" in shown
+    assert "format SmoothCache, file schedule.json" in shown
+    assert main(["show", str(out), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["backbone"]["weights"] is None
+    assert described["updates"] == [0, -1, 0, -1]
+
+    arguments = ["convert", str(source), str(out), "--model", str(dit_folder)]
+    assert main([*arguments, "--spacing", "trailing", "--evaluations", "4"]) == 0
+    router = l2c.Router.load(out, l2c.load(dit_folder))
+    assert router.schedule == l2c.Schedule.ddim(4, "trailing")
+    capsys.readouterr()
+    assert main(["convert", str(out), str(tmp_path / "again.json")]) == 0
+    assert "not in it: the scores" in capsys.readouterr().out
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads(source.read_text())
+
+
+def test_convert_refuses_in_one_line(
+    router_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder.json"
+    folder.mkdir()
+    for arguments in (
+        [str(tmp_path / "none.pt"), str(tmp_path / "out.safetensors")],
+        [str(router_file), str(tmp_path / "out.pth")],
+        [str(router_file), str(tmp_path / "out.txt")],
+        [str(router_file), str(tmp_path / "out.json"), "--evaluations", "20"],
+        [str(router_file), str(tmp_path / "out.json"), "--solver", "ddim"],
+        [str(router_file), str(folder)],
+    ):
+        assert main(["convert", *arguments]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    assert all(line.startswith("l2c convert: ") for line in lines)
+    assert "found none" in lines[0]
+    assert "write .pt" in lines[1]
+    assert "ends in .safetensors, .pt, .pth, .json, got 'out.txt'" in lines[2]
+    assert "is for 6 evaluations, not 20" in lines[3]
+    assert "has its own schedule" in lines[4]
+    assert "directory" in lines[5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, router_file.name]
 
 
 def test_sample_refuses_a_router_of_other_weights(

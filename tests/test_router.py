@@ -97,6 +97,30 @@ def test_check_refuses_another_guidance(router: l2c.Router) -> None:
         guided.check(guidance_scale=4.0)
 
 
+def test_weights_that_nobody_recorded_fit_any_with_a_warning(
+    router: l2c.Router, dit: l2c.DiT
+) -> None:
+    unknown = dataclasses.replace(router.identity, weights=None)
+    given = dataclasses.replace(router, identity=unknown)
+    with pytest.warns(UserWarning, match="does not say for which weights .* router.rebind"):
+        given.check(tiny_dit(seed=1))
+    assert unknown.brief == "unknown"
+    assert unknown.differences(router.identity) == router.identity.differences(unknown) == []
+    with pytest.raises(ValueError, match="depth: expected 3, got 4"):
+        given.check(tiny_dit(depth=4))
+    assert given.rebind(dit).identity == router.identity
+    with torch.device("meta"):
+        assert Identity.of(l2c.DiT(**dit.config)) == unknown
+
+
+def test_given_scores_are_not_untrained_ones(
+    router: l2c.Router, recwarn: pytest.WarningsRecorder
+) -> None:
+    given = dataclasses.replace(router, updates=torch.where(router.gated, -1, 0))
+    assert given.plan() == router.plan()
+    assert not recwarn
+
+
 def test_rebind_takes_other_weights_and_nothing_else(router: l2c.Router) -> None:
     other = tiny_dit(seed=1)
     router.rebind(other).check(other, router.schedule)
@@ -114,6 +138,7 @@ def test_rebind_takes_other_weights_and_nothing_else(router: l2c.Router) -> None
         ("gated", torch.ones(6, dtype=torch.bool), "evaluation 0 has nothing to reuse"),
         ("gated", torch.zeros(3, dtype=torch.bool), "gated of shape"),
         ("updates", torch.zeros(3), "updates of shape"),
+        ("updates", torch.full((6,), -2), "updates from -1 .* on, got -2"),
         ("threshold", 2.0, "threshold in"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -41,6 +42,14 @@ def test_everything_comes_back(dit: l2c.DiT, schedule: l2c.Schedule, tmp_path: P
     loaded = l2c.Router.load(tmp_path / "r.safetensors", dit, schedule, 1.5)
     assert same(loaded, router)
     assert loaded.provenance == {**router.provenance, "l2c_version": l2c.__version__}
+
+
+def test_what_nobody_recorded_comes_back(router: l2c.Router, tmp_path: Path) -> None:
+    identity = dataclasses.replace(router.identity, weights=None)
+    updates = torch.where(router.gated, -1, 0)
+    given = dataclasses.replace(router, identity=identity, updates=updates)
+    given.save(tmp_path / "r.safetensors")
+    assert same(l2c.Router.load(tmp_path / "r.safetensors"), given)
 
 
 def test_is_a_plain_safetensors_file_that_describes_itself(path: Path, dit: l2c.DiT) -> None:
@@ -88,6 +97,18 @@ def test_truncated(path: Path, share: float) -> None:
         l2c.Router.load(path)
 
 
+def test_truncated_with_a_header_that_begins_as_a_pickle(router: l2c.Router, path: Path) -> None:
+    lengths = set()
+    for padding in range(0, 256, 8):  # safetensors pads headers to multiples of 8
+        dataclasses.replace(router, provenance={"note": "x" * padding}).save(path)
+        content = path.read_bytes()
+        lengths.add(content[0])
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match="no whole safetensors file"):
+            l2c.Router.load(path)
+    assert 0x80 in lengths
+
+
 def test_no_flipped_bit_goes_unseen(path: Path, router: l2c.Router) -> None:
     content = path.read_bytes()
     refused = 0
@@ -129,6 +150,7 @@ def rewrite(path: Path, **changes: object) -> None:
         ({"schedule": {}}, "incomplete: KeyError"),
         ({"sites": []}, "not a usable router"),
         ({"identity": {"backbone": "DiT"}}, "incomplete"),
+        ({"identity": {"backbone": "DiT", "config": {}, "weights": 3}}, "incomplete"),
     ],
 )
 def test_signed_but_wrong(path: Path, changes: dict[str, object], message: str) -> None:
