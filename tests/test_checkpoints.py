@@ -39,18 +39,20 @@ def test_router_fits_the_teacher_and_saves_compute(path: Path, teacher: l2c.DiT)
 
 
 def test_teacher_s_samples_are_recognised(teacher: l2c.DiT, judge: Judge) -> None:
+    """At least 0.9 of the 2,000 measured ones; of 100 here 0.09 less, three standard errors."""
+    rows = json.loads((ROOT / "benchmarks/results/teacher.json").read_text())["rows"]
+    for row in rows:
+        assert row["samples"] >= 2000
+        assert row["recognised"] >= 0.9
     labels = torch.arange(100) % 10
     images = l2c.sample(
         teacher,
-        l2c.Schedule.ddim(10),
+        l2c.Schedule.ddim(20),
         labels,
         guidance_scale=1.5,
         generator=torch.Generator().manual_seed(0),
     )
-    # benchmarks/results/teacher.json has the figure of 2,000 samples at 20 steps; of 100 at 10
-    # steps a tenth less can be chance
-    (measured,) = json.loads((ROOT / "benchmarks/results/teacher.json").read_text())["rows"]
-    assert judge.recognised(images, labels) > measured["recognised"] - 0.1
+    assert judge.recognised(images, labels) >= 0.81
 
 
 def test_judge_knows_how_many_images_it_stands_for(judge: Judge) -> None:
