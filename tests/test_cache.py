@@ -93,10 +93,10 @@ def dit_by_hand(model: l2c.DiT, plan: l2c.Plan) -> list[Tensor]:
             s1, k1, g1, s2, k2, g2 = block.adaLN_modulation(c).chunk(6, dim=1)
             if plan.compute[row][2 * i]:
                 kept[i, "attn"] = block.attn(modulate(block.norm1(h), s1, k1))
-            h = h + g1[:, None] * kept[i, "attn"]
+            h = torch.addcmul(h, g1[:, None], kept[i, "attn"])
             if plan.compute[row][2 * i + 1]:
                 kept[i, "mlp"] = block.mlp(modulate(block.norm2(h), s2, k2))
-            h = h + g2[:, None] * kept[i, "mlp"]
+            h = torch.addcmul(h, g2[:, None], kept[i, "mlp"])
         results.append(model.unpatchify(model.final_layer(h, c)))
     return results
 
