@@ -74,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--labels", help="class labels, e.g. 0,3,3 (default: the first ten)")
     sample.add_argument("--guidance-scale", type=float, default=1.5, help="default 1.5; 1: none")
     sample.add_argument("--guidance-channels", type=int, help="guide the first so many channels")
+    sample.add_argument(
+        "--guidance-calls",
+        type=int,
+        default=1,
+        help="1: both predictions in one batch of twice the size (default), 2: one after another",
+    )
     sample.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
     sample.add_argument("--vae", help="diffusers AutoencoderKL for latent models: folder or hub id")
     sample.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
@@ -213,6 +219,7 @@ def _sample(options: Any) -> None:
             labels,
             options.guidance_scale,
             options.guidance_channels,
+            options.guidance_calls,
             router=chosen,
             generator=torch.Generator().manual_seed(options.seed),
             vae=vae,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -77,6 +78,22 @@ def test_sample_draws_cached_and_uncached_rows(
     with Image.open(out) as picture:
         assert picture.size[0] == one_row[0]
         assert picture.size[1] > one_row[1]
+
+
+def test_sample_guides_in_one_call_or_two(
+    router_file: Path, dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "samples.png"
+    arguments = ["sample", str(router_file), "--model", str(dit_folder), "--out", str(out)]
+    pictures = []
+    for calls in ("1", "2"):
+        assert main([*arguments, "--labels", "1,2", "--guidance-calls", calls]) == 0
+        with Image.open(out) as picture:
+            pictures.append(np.asarray(picture.convert("L"), dtype=int))
+    # the two differ in rounding, which may cross into the next grey level
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+    assert main([*arguments, "--guidance-calls", "3"]) == 1
+    assert "guidance_calls of 1 or 2, got 3" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_status_1(

@@ -49,7 +49,8 @@ class Pairs:
     With one evaluation per step (DDIM) every second evaluation is gated, the last one among them.
     With two (DPM-Solver-2) it is the first one of every step but the first, so that the two of a
     step never share a cache: the published rule for U-ViT. Its code rounds timesteps to whole ones
-    here and not when sampling; these are the schedule's own in both.
+    here and not when sampling; these are the schedule's own in both. A multistep solver
+    (DPM-Solver++ 2M) has no history at the start of a pair: its full step is of first order.
 
     Args:
         penalty: lambda, the price of one open gate.
