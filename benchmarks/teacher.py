@@ -17,7 +17,7 @@ from train.quality import Judge
 from train.seeding import generator
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-TEACHERS = {"fashion_mnist_dit": "ddim"}
+TEACHERS = {"fashion_mnist_dit": "ddim", "fashion_mnist_uvit": "dpm_solver_2"}
 
 
 def main() -> None:
