@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from l2c.attach import Call, attached
-from l2c.plan import Plan
+from l2c.plan import NEVER, Plan
+from l2c.reuse import Mixture
 from l2c.site import sites
 
 
@@ -26,7 +27,8 @@ class Cache:
         if streams < 1:
             raise ValueError(f"expected streams of at least 1, got {streams}")
         self.plan = plan
-        self.streams: tuple[dict[int, Any], ...] = tuple({} for _ in range(streams))
+        self.streams: tuple[dict[int, dict[int, Any]], ...] = tuple({} for _ in range(streams))
+        self._mixtures: dict[tuple[int, int], Mixture] = {}
         self.calls = 0
         self._running = False
         self._shape: tuple[int, ...] | None = None
@@ -37,8 +39,8 @@ class Cache:
         return self.calls // len(self.streams)
 
     @property
-    def outputs(self) -> dict[int, Any]:
-        """The kept outputs that the next call may reuse, by site index."""
+    def outputs(self) -> dict[int, dict[int, Any]]:
+        """The kept outputs that the next call may reuse, by site index and evaluation."""
         return self.streams[self.calls % len(self.streams)]
 
     def reset(self) -> None:
@@ -85,19 +87,31 @@ class Cache:
         self._shape = shape
         self._running = True
 
+    def _mixture(self, row: int, index: int, like: Tensor) -> Mixture:
+        # On the device of the first run for good: what was learned moves there once.
+        if (row, index) not in self._mixtures:
+            numbers = self.plan.mixtures[row][index]
+            assert numbers is not None
+            self._mixtures[row, index] = numbers.to(like)
+        return self._mixtures[row, index]
+
     def wrap_site(self, index: int, call: Call) -> Call:
-        """Compute the site or give its kept output, as the plan says for this evaluation."""
+        """Compute the site or form its output from kept ones, as the plan says for this row."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            row, outputs = self.evaluation, self.outputs
-            if self.plan.compute[row][index]:
+            row, kept = self.evaluation, self.outputs.setdefault(index, {})
+            plan = self.plan
+            if plan.compute[row][index]:
                 out = call(*args, **kwargs)
-                if self.plan.held[row][index]:
-                    outputs[index] = out
+                if plan.last_read[row][index] != NEVER:
+                    kept[row] = out
                 return out
-            if self.plan.held[row][index]:
-                return outputs[index]
-            return outputs.pop(index)  # nothing reads it again
+            sources = plan.sources[row][index]
+            out = self._mixture(row, index, kept[sources[0]]).apply([kept[s] for s in sources])
+            for source in sources:
+                if plan.last_read[source][index] == row:  # nothing reads it again
+                    del kept[source]
+            return out
 
         return run
 

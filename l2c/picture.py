@@ -38,15 +38,15 @@ def router_figure(router: Router) -> Figure:
     image = heat.imshow(scores.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
     for row in (~router.gated).nonzero().flatten().tolist():
         heat.axhspan(row - 0.5, row + 0.5, facecolor="0.93", edgecolor="0.8", hatch="////", lw=0)
-    blocks = [router.sites[k].name.split(".")[-2] for k in order]
+    starts = [i for i, k in enumerate(order) if i == 0 or kinds[k] != kinds[order[i - 1]]]
+    ends = [*starts[1:], columns]
     every = max(1, columns // 20)
-    labelled = [i for i, block in enumerate(blocks) if int(block) % every == 0]
-    heat.set_xticks(labelled, [blocks[i] for i in labelled])
-    heat.set_xlabel("block")
+    ticks = [i for start, end in zip(starts, ends, strict=True) for i in range(start, end, every)]
+    heat.set_xticks(ticks, [str(i - max(s for s in starts if s <= i)) for i in ticks])
+    heat.set_xlabel("block, in calling order")
     heat.set_ylabel("evaluation (first: most noise)")
     heat.yaxis.get_major_locator().set_params(integer=True)
-    starts = [i for i, k in enumerate(order) if i == 0 or kinds[k] != kinds[order[i - 1]]]
-    for start, end in zip(starts, [*starts[1:], columns], strict=True):
+    for start, end in zip(starts, ends, strict=True):
         heat.text((start + end - 1) / 2, -0.9, kinds[order[start]], ha="center", va="bottom")
         if start:
             heat.axvline(start - 0.5, color="white", lw=1.5)

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from l2c.reuse import Mixture, Reuse
 from l2c.schedule import Schedule
 from l2c.site import Sites
+
+NEVER = -1  # no evaluation reads this output
 
 
 @dataclass(frozen=True)
 class Plan:
-    """For each evaluation (row, in calling order) and site: compute it, or reuse the last output.
+    """For each evaluation (row, in calling order) and site: compute it, or reuse earlier outputs.
 
-    Reuse is a copy of the output that the site gave when it was last computed, taken before the
+    A reused output is formed from what the site gave when it was last computed, taken before the
     residual gate, so that the gate is always the current one.
 
     Args:
         compute: `compute[evaluation][site]`.
         sites: The sites and their costs.
+        reuse: How a reused output is formed; a copy of the last one by default.
 
     Raises:
-        ValueError: If a row has another length than `sites`, or a site is reused before it was
-            computed.
+        ValueError: If a row has another length than `sites`, a site is reused before it was
+            computed, or the learned parts of `reuse` are of another shape.
     """
 
     compute: tuple[tuple[bool, ...], ...]
     sites: Sites
+    reuse: Reuse = field(default_factory=Reuse)
 
     def __post_init__(self) -> None:
         if not self.compute:
@@ -47,14 +52,49 @@ class Plan:
                     f"site {site.name} is reused in evaluation 0, before it was ever computed; "
                     "the first evaluation must compute every site"
                 )
+        self._check_reuse()
+
+    def _check_reuse(self) -> None:
+        here = (len(self.compute), len(self.sites))
+        widths = {site.channels for site in self.sites}
+        for name, tensor in (
+            ("corrections", self.reuse.corrections),
+            ("shift", self.reuse.shift),
+        ):
+            if tensor is None:
+                continue
+            if tuple(tensor.shape[:2]) != here:
+                raise ValueError(
+                    f"expected {name} for {here[0]} evaluations and {here[1]} sites, "
+                    f"got {tuple(tensor.shape[:2])}"
+                )
+            if tensor.shape[-1] != 1 and {tensor.shape[-1]} != widths:
+                raise ValueError(
+                    f"expected {name} of 1 channel or of the outputs' {sorted(widths)}, "
+                    f"got {tensor.shape[-1]}"
+                )
 
     @classmethod
-    def of(cls, compute: Tensor | Sequence[Sequence[bool]], sites: Sites) -> Plan:
+    def of(
+        cls,
+        compute: Tensor | Sequence[Sequence[bool]],
+        sites: Sites,
+        reuse: Reuse | None = None,
+    ) -> Plan:
         """Make a plan from a boolean table [evaluation, site]."""
         table = torch.as_tensor(compute)
         if table.ndim != 2:
             raise ValueError(f"expected a table [evaluation, site], got shape {tuple(table.shape)}")
-        return cls(tuple(tuple(map(bool, row)) for row in table.tolist()), sites)
+        rows = tuple(tuple(map(bool, row)) for row in table.tolist())
+        return cls(rows, sites, reuse or Reuse())
+
+    @classmethod
+    def rows(
+        cls, chosen: Collection[int], evaluations: int, sites: Sites, reuse: Reuse | None = None
+    ) -> Plan:
+        """Compute everything in the chosen evaluations and nothing in the others."""
+        table = tuple((row in chosen,) * len(sites) for row in range(evaluations))
+        return cls(table, sites, reuse or Reuse())
 
     @classmethod
     def full(cls, evaluations: int, sites: Sites) -> Plan:
@@ -62,7 +102,13 @@ class Plan:
         return cls.every(1, evaluations, sites)
 
     @classmethod
-    def every(cls, interval: int, evaluations: int | Schedule, sites: Sites) -> Plan:
+    def every(
+        cls,
+        interval: int,
+        evaluations: int | Schedule,
+        sites: Sites,
+        reuse: Reuse | None = None,
+    ) -> Plan:
         """Compute everything in every `interval`-th evaluation and nothing in between (FORA).
 
         Args:
@@ -72,6 +118,7 @@ class Plan:
                 the first step compute, and counting starts at the second (Learning-to-Cache,
                 appendix B.1: with an interval of 2, evaluations 2, 4, 6, ... reuse).
             sites: The sites.
+            reuse: How reused outputs are formed.
 
         Raises:
             ValueError: If a number is below 1, or both evaluations of a step would share a cache.
@@ -88,26 +135,101 @@ class Plan:
                 "a step share a cache; take interval 2, or give the number of evaluations in place "
                 "of the schedule to space them all alike"
             )
-        rows = (row < shift or (row - shift) % interval == 0 for row in range(count))
-        return cls(tuple((full,) * len(sites) for full in rows), sites)
+        chosen = [row for row in range(count) if row < shift or (row - shift) % interval == 0]
+        return cls.rows(chosen, count, sites, reuse)
 
     def __len__(self) -> int:
         return len(self.compute)
 
     @cached_property
-    def held(self) -> tuple[tuple[bool, ...], ...]:
-        """Whether a site's output must be kept after an evaluation: the next one reuses it."""
-        nothing = (True,) * len(self.sites)
-        following = (*self.compute[1:], nothing)
-        return tuple(tuple(not c for c in row) for row in following)
+    def sources(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The evaluations whose outputs a reused one is formed from, newest first, by site.
+
+        Empty where the site is computed.
+        """
+        done: list[tuple[int, ...]] = [()] * len(self.sites)
+        table = []
+        for row, computed in enumerate(self.compute):
+            table.append(tuple(() if c else done[i] for i, c in enumerate(computed)))
+            for i, c in enumerate(computed):
+                if c:
+                    done[i] = (row, *done[i])[: self.reuse.order + 1]
+        return tuple(table)
+
+    @cached_property
+    def last_read(self) -> tuple[tuple[int, ...], ...]:
+        """The last evaluation that reads what a site computed, by evaluation and site.
+
+        `NEVER` where nothing is computed or nothing reads it: such an output is not kept.
+        """
+        table = [[NEVER] * len(self.sites) for _ in self.compute]
+        for row, sources in enumerate(self.sources):
+            for site, computed_in in enumerate(sources):
+                for source in computed_in:
+                    table[source][site] = row
+        return tuple(map(tuple, table))
+
+    @cached_property
+    def mixtures(self) -> tuple[tuple[Mixture | None, ...], ...]:
+        """The numbers of each reused output, by evaluation and site; None where it is computed."""
+        known: dict[tuple[int, tuple[int, ...]], Mixture] = {}
+
+        def numbers(row: int, site: int, sources: tuple[int, ...]) -> Mixture | None:
+            if not sources:
+                return None
+            if self.reuse.learned:
+                return self.reuse.mixture(row, site, sources)
+            if (row, sources) not in known:  # the same for every site
+                known[row, sources] = self.reuse.mixture(row, site, sources)
+            return known[row, sources]
+
+        return tuple(
+            tuple(numbers(row, site, found) for site, found in enumerate(sources))
+            for row, sources in enumerate(self.sources)
+        )
 
     @cached_property
     def macs(self) -> tuple[int, ...]:
-        """Multiply-accumulates per sample, of each evaluation."""
+        """Multiply-accumulates per sample, of each evaluation.
+
+        A copy costs none, another reused output one per number and output that it is formed from.
+        """
+        free = self.reuse.kind == "copy" and not self.reuse.learned
         return tuple(
-            self.sites.rest + sum(s.macs for s, c in zip(self.sites, row, strict=True) if c)
-            for row in self.compute
+            self.sites.rest
+            + sum(
+                site.macs if c else 0 if free else site.elements * len(found)
+                for site, c, found in zip(self.sites, row, sources, strict=True)
+            )
+            for row, sources in zip(self.compute, self.sources, strict=True)
         )
+
+    @cached_property
+    def ages(self) -> tuple[tuple[int, ...], ...]:
+        """Evaluations since the newest output that a reused one is formed from; 0 if computed."""
+        return tuple(
+            tuple(row - found[0] if found else 0 for found in sources)
+            for row, sources in enumerate(self.sources)
+        )
+
+    def cache_bytes(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> int:
+        """Most bytes that kept outputs take at once, between two evaluations or within one.
+
+        Args:
+            batch: Samples in a call of the model: with guidance in one batch, twice the images.
+            dtype: Precision of the outputs.
+        """
+        now = most = 0
+        for row, computed in enumerate(self.compute):
+            for site, c in enumerate(computed):
+                elements = self.sites[site].elements
+                if c:
+                    now += elements * (self.last_read[row][site] != NEVER)
+                    most = max(most, now)
+                else:
+                    read = self.sources[row][site]
+                    now -= elements * sum(self.last_read[s][site] == row for s in read)
+        return most * batch * dtype.itemsize
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -140,10 +262,12 @@ class Plan:
                 " " + cell if i in breaks and not narrow else cell for i, cell in enumerate(cells)
             )
 
+        plain = self.reuse == Reuse()
+        how = "" if plain else f" ({self.reuse})"
         first, last = self.sites[0].name, self.sites[len(self.sites) - 1].name
         head = (
             f"{len(self)} evaluations x {len(self.sites)} sites ({first} to {last}), "
-            f"{self.share:.1%} of the compute; █ computed, · reused"
+            f"{self.share:.1%} of the compute; █ computed, · reused{how}"
         )
         width = len(str(len(self) - 1))
         rows = [

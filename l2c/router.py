@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from l2c.identity import Identity
 from l2c.plan import Plan
+from l2c.reuse import Reuse
 from l2c.schedule import Schedule
 from l2c.site import Sites, sites
 
@@ -37,6 +38,9 @@ class Router:
         guidance_scale: The guidance that it was trained at; None if it was trained on conditional
             and unconditional predictions alike, for any guidance.
         provenance: Objective, training settings, versions: plain values for people to read.
+        reuse: How a reused output is formed, with what was learned about it.
+        budget: The share of the compute that it was trained to; None if it was trained with a
+            threshold. Then `plan()` keeps to it, in place of the threshold.
 
     Raises:
         ValueError: If shapes do not fit, or scores are not probabilities.
@@ -51,6 +55,8 @@ class Router:
     threshold: float = 0.5
     guidance_scale: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    reuse: Reuse = field(default_factory=Reuse)
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.schedule)
@@ -76,31 +82,55 @@ class Router:
             raise ValueError("evaluation 0 has nothing to reuse, so it can't be gated")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"expected a threshold in [0, 1], got {self.threshold}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"expected a budget in (0, 1], got {self.budget}")
 
-    def plan(self, threshold: float | None = None) -> Plan:
-        """Threshold the scores: what is above is computed.
+    def plan(
+        self,
+        threshold: float | None = None,
+        *,
+        budget: float | None = None,
+        costs: Sites | None = None,
+    ) -> Plan:
+        """The plan of a budget, or of a threshold: what scores above it is computed.
 
         A gated evaluation that was never trained is computed in full, with a warning.
 
         Args:
             threshold: In place of the router's own.
+            budget: Share of the compute to keep to, in place of the router's own: the outputs of
+                the highest scores are computed, as many as fit; equal scores together or not at
+                all.
+            costs: What the budget is counted in, e.g. `Profile.sites` with measured times;
+                multiply-accumulates by default.
 
         Raises:
-            ValueError: If the threshold is not in [0, 1].
+            ValueError: If threshold or budget are not in [0, 1], both are given, or the budget is
+                below what the evaluations cost that always compute.
         """
+        if threshold is not None and budget is not None:
+            raise ValueError("expected a threshold or a budget, got both")
+        if threshold is None and (budget is not None or self.budget is not None):
+            chosen = budget if budget is not None else self.budget
+            assert chosen is not None
+            return within(self, self._decided("budget"), chosen, costs or self.sites)
         threshold = self.threshold if threshold is None else threshold
         if not 0 <= threshold <= 1:
             raise ValueError(f"expected a threshold in [0, 1], got {threshold}")
+        decided = self._decided("threshold")[:, None]
+        return Plan.of(~decided | (self.scores > threshold), self.sites, self.reuse)
+
+    def _decided(self, what: str) -> Tensor:
+        """The evaluations whose scores count, [evaluation]."""
         untrained = self.gated & (self.updates == 0)
         if bool(untrained.any()):
             rows = ", ".join(map(str, untrained.nonzero().flatten().tolist()))
             warnings.warn(
                 f"the gates of evaluations {rows} were never trained, so these are computed in "
-                "full; train longer",
-                stacklevel=2,
+                f"full whatever the {what}; train longer",
+                stacklevel=3,
             )
-        decided = (self.gated & ~untrained)[:, None]
-        return Plan.of(~decided | (self.scores > threshold), self.sites)
+        return self.gated & ~untrained
 
     def check(
         self,
@@ -210,3 +240,44 @@ class Router:
         if not scores.numel():
             return 0.0
         return float(torch.logical_and(scores > 0.05, scores < 0.95).float().mean())
+
+
+def within(router: Router, decided: Tensor, budget: float, costs: Sites) -> Plan:
+    """The plan that computes what scores highest, as much as a budget allows.
+
+    Args:
+        router: Its scores and rule.
+        decided: The evaluations whose scores count, [evaluation].
+        budget: Share of the compute of the whole run, in (0, 1].
+        costs: What it is counted in.
+
+    Raises:
+        ValueError: If the budget is not in (0, 1], or too small.
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"expected a budget in (0, 1], got {budget}")
+    if costs.names != router.sites.names:
+        raise ValueError(
+            f"expected costs of the router's {len(router.sites)} sites, got {len(costs)} others"
+        )
+    compute = (~decided)[:, None].expand(-1, len(router.sites)).clone()
+    prices = torch.tensor([site.macs for site in costs], dtype=torch.float64)
+    total = budget * len(compute) * costs.macs
+    left = total - len(compute) * costs.rest - float((compute * prices).sum())
+    if left < 0:
+        needed = (len(compute) * costs.rest + float((compute * prices).sum())) / (
+            len(compute) * costs.macs
+        )
+        raise ValueError(
+            f"a budget of {budget:.3f} is below {needed:.3f} of the compute, which the evaluations "
+            "that always compute and the parts outside of all sites take; give more"
+        )
+    gated = router.scores.double().masked_fill(compute, -1.0)
+    for score in sorted(set(gated.flatten().tolist()), reverse=True):
+        group = gated == score
+        price = float((group * prices).sum())
+        if score < 0 or price > left:
+            break
+        compute |= group
+        left -= price
+    return Plan.of(compute, router.sites, router.reuse)

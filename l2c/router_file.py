@@ -1,9 +1,11 @@
 """The router file: one safetensors file that says all that is needed to refuse misuse.
 
 Tensors: `scores` float32 [evaluation, site], `gated` uint8 [evaluation], `updates` int64
-[evaluation], -1 where nobody counted. Metadata: `l2c`, a JSON object (format, version, identity,
-its weights null where nobody recorded them, sites, schedule, guidance, threshold, provenance), and
-`sha256` over that text and the tensors.
+[evaluation], -1 where nobody counted; where something was learned about reuse, `corrections`
+float32 [evaluation, site, term, channel] and `shift` float32 [evaluation, site, channel].
+Metadata: `l2c`, a JSON object (format, version, identity, its weights null where nobody recorded
+them, sites, schedule, guidance, threshold, budget, rule of reuse, provenance), and `sha256` over
+that text and the tensors.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from torch import Tensor
 
 from l2c.files import replacing
 from l2c.identity import Identity
+from l2c.reuse import Reuse
 from l2c.router import Router
 from l2c.schedule import Schedule
 from l2c.site import Site, Sites
 from l2c.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = {"scores": torch.float32, "gated": torch.uint8, "updates": torch.int64}
+LEARNED = {"corrections": torch.float32, "shift": torch.float32}
 
 
 def save(router: Router, path: str | Path) -> None:
@@ -37,7 +41,12 @@ def save(router: Router, path: str | Path) -> None:
         "gated": router.gated,
         "updates": router.updates,
     }
-    tensors = {k: v.detach().cpu().to(DTYPES[k]).contiguous() for k, v in tensors.items()}
+    for name in LEARNED:
+        learned = getattr(router.reuse, name)
+        if learned is not None:
+            tensors[name] = learned
+    dtypes = DTYPES | LEARNED
+    tensors = {k: v.detach().cpu().to(dtypes[k]).contiguous() for k, v in tensors.items()}
     described = {
         "format": FORMAT,
         "version": __version__,
@@ -46,10 +55,12 @@ def save(router: Router, path: str | Path) -> None:
             "config": dict(router.identity.config),
             "weights": router.identity.weights,
         },
-        "sites": [[site.name, site.macs] for site in router.sites],
+        "sites": [[site.name, site.macs, list(site.shape)] for site in router.sites],
         "rest": router.sites.rest,
         "schedule": router.schedule.to_dict(),
         "threshold": router.threshold,
+        "budget": router.budget,
+        "reuse": {"kind": router.reuse.kind, "order": router.reuse.order},
         "guidance_scale": router.guidance_scale,
         "provenance": dict(router.provenance),
     }
@@ -67,16 +78,15 @@ def load(path: str | Path) -> Router:
     path = Path(path)
     metadata, tensors = _read(path)
     described = _described(path, metadata["l2c"])
-    if set(tensors) != set(DTYPES):
+    if not set(DTYPES) <= set(tensors) <= set(DTYPES | LEARNED):
         raise ValueError(
-            f"{path} is no whole router: expected the tensors {', '.join(DTYPES)}, "
-            f"found {', '.join(tensors)}"
+            f"{path} is no whole router: expected the tensors {', '.join(DTYPES)}, and perhaps "
+            f"{', '.join(LEARNED)}, found {', '.join(tensors)}"
         )
-    for name, dtype in DTYPES.items():
-        if tensors[name].dtype != dtype:
-            raise ValueError(
-                f"{path}: expected a tensor {name} of {dtype}, found {tensors[name].dtype}"
-            )
+    for name, tensor in tensors.items():
+        dtype = (DTYPES | LEARNED)[name]
+        if tensor.dtype != dtype:
+            raise ValueError(f"{path}: expected a tensor {name} of {dtype}, found {tensor.dtype}")
     if metadata.get("sha256") != _checksum(metadata["l2c"], tensors):
         raise ValueError(f"{path} is damaged: its checksum differs; copy or write it again")
     try:
@@ -103,7 +113,18 @@ def _described(path: Path, text: str) -> dict[str, Any]:
 
 
 def _build(described: dict[str, Any], tensors: dict[str, Tensor]) -> Router:
-    listed = tuple(Site(_typed(name, str), _typed(macs, int)) for name, macs in described["sites"])
+    listed = tuple(
+        Site(_typed(name, str), _typed(macs, int), tuple(_typed(size, int) for size in shape))
+        for name, macs, shape in described["sites"]
+    )
+    rule = described["reuse"]
+    reuse = Reuse(
+        _typed(rule["kind"], str),
+        _typed(rule["order"], int),
+        tensors.get("corrections"),
+        tensors.get("shift"),
+    )
+    budget = described["budget"]
     guidance = described["guidance_scale"]
     identity = Identity(
         _typed(described["identity"]["backbone"], str),
@@ -121,6 +142,8 @@ def _build(described: dict[str, Any], tensors: dict[str, Tensor]) -> Router:
         threshold=_typed(described["threshold"], float | int),
         guidance_scale=None if guidance is None else _typed(guidance, float | int),
         provenance=provenance,
+        reuse=reuse,
+        budget=None if budget is None else _typed(budget, float | int),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,10 +23,22 @@ class Site:
     Args:
         name: Its name in the backbone.
         macs: Multiply-accumulates per sample and evaluation, attention products included.
+        shape: Shape of its output for one sample, channels last.
     """
 
     name: str
     macs: int
+    shape: tuple[int, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """Numbers in its output for one sample."""
+        return math.prod(self.shape)
+
+    @property
+    def channels(self) -> int:
+        """Width of its output."""
+        return self.shape[-1] if self.shape else 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ def _sites_of(backbone: Any, config: str) -> Sites:
         twin = backbone(**json.loads(config))
         inputs = twin.example_inputs()
     counts = [0] * len(anchors(twin))
+    shapes: list[tuple[int, ...]] = [()] * len(anchors(twin))
     with FlopCounterMode(display=False) as counter:
 
         def counted(index: int, call: Call) -> Call:
@@ -87,6 +101,7 @@ def _sites_of(backbone: Any, config: str) -> Sites:
                 before = counter.get_total_flops()
                 out = call(*args, **kwargs)
                 counts[index] += (counter.get_total_flops() - before) // 2
+                shapes[index] = tuple(out.shape[1:])
                 return out
 
             return run
@@ -94,5 +109,8 @@ def _sites_of(backbone: Any, config: str) -> Sites:
         with torch.no_grad(), attached(twin, counted):
             twin(*inputs)
         total = counter.get_total_flops() // 2
-    found = [Site(a.name, macs) for a, macs in zip(anchors(twin), counts, strict=True)]
+    found = [
+        Site(a.name, macs, shape)
+        for a, macs, shape in zip(anchors(twin), counts, shapes, strict=True)
+    ]
     return Sites(tuple(found), total - sum(counts))

@@ -2,37 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from l2c.attach import Call, attached
+from l2c.reuse import Mixture
+
+Outputs = dict[int, list[tuple[int, Tensor]]]
+"""Kept outputs by site index, newest first, each with the evaluation that computed it."""
 
 
 @contextmanager
-def gated(model: nn.Module, outputs: dict[int, Tensor], weights: Tensor | None) -> Iterator[None]:
-    """Evaluate a model with every site computed and its output mixed with the one before.
+def gated(
+    model: nn.Module,
+    outputs: Outputs,
+    weights: Tensor | None,
+    mixture: Callable[[int, list[int]], Mixture] | None = None,
+    row: int = 0,
+    history: int = 1,
+    lazy: bool = False,
+) -> Iterator[None]:
+    """Evaluate a model with every site computed and its output mixed with a reused one.
 
-    Inside the block each site gives `w * fresh + (1 - w) * outputs[site]` (Learning-to-Cache,
-    eq. 6), and `outputs[site]` becomes that mixture. With weights of 0 and 1 this is `l2c.cached`
-    bit for bit, over any number of evaluations.
+    Inside the block each site gives `w * fresh + (1 - w) * reused` (Learning-to-Cache, eq. 6),
+    where what is reused is formed from `outputs[site]`. The mixture is kept as the newest output,
+    but where the weight is 0 nothing was computed and nothing is kept. With weights of 0 and 1
+    this is `l2c.cached` bit for bit, over any number of evaluations.
 
     Args:
         model: The backbone.
-        outputs: The outputs of the evaluation before, by site index; updated in place.
+        outputs: What was kept in the evaluations before; updated in place.
         weights: Weight of the fresh output, [site]; None to compute everything, which only
             records the outputs.
+        mixture: `mixture(site, sources)` gives the numbers of a reused output; a copy of the
+            newest by default.
+        row: The evaluation.
+        history: How many outputs of a site are kept.
+        lazy: Do not compute what has weight 0; its weight then gets no gradient.
     """
+    hard = None if weights is None else weights.detach().tolist()
 
     def wrap_site(index: int, call: Call) -> Call:
         def run(*args: Any, **kwargs: Any) -> Tensor:
-            fresh: Tensor = call(*args, **kwargs)
-            if weights is not None:
-                weight = weights[index].to(fresh.dtype)
-                fresh = weight * fresh + (1 - weight) * outputs[index]
-            outputs[index] = fresh
+            kept = outputs.setdefault(index, [])
+            if weights is None or hard is None:
+                fresh: Tensor = call(*args, **kwargs)
+                outputs[index] = [(row, fresh), *kept][:history]
+                return fresh
+            sources = [source for source, _ in kept]
+            numbers = mixture(index, sources) if mixture else Mixture((1.0,))
+            if lazy and hard[index] == 0:
+                return numbers.apply([output for _, output in kept])
+            fresh = call(*args, **kwargs)
+            weight = weights[index].to(fresh.dtype)
+            if not lazy or hard[index] != 1 or weights.requires_grad:
+                reused = numbers.apply([output for _, output in kept]) if kept else fresh
+                fresh = weight * fresh + (1 - weight) * reused
+            if hard[index] > 0:
+                outputs[index] = [(row, fresh), *kept][:history]
             return fresh
 
         return run

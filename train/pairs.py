@@ -12,7 +12,7 @@ from torch import Tensor
 from l2c.schedule import Schedule
 from l2c.solvers import solver
 from train.data import Batch
-from train.gates import gated
+from train.gates import Outputs, gated
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Pair:
 
     row: int
     inputs: tuple[Tensor, Tensor, Tensor]
-    outputs: dict[int, Tensor]
+    outputs: Outputs
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Pairs:
         def times(t: float) -> Tensor:
             return torch.full((len(clean),), t, device=clean.device)
 
-        outputs: dict[int, Tensor] = {}
+        outputs: Outputs = {}
         with torch.no_grad():
             noisy = schedule.noise.add(clean, noise, times(schedule.timesteps[start]))
             walk = solver(schedule, noisy, start)
