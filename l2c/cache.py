@@ -23,11 +23,18 @@ class Cache:
             2 where the conditional and the unconditional prediction are separate calls.
     """
 
-    def __init__(self, plan: Plan, streams: int = 1) -> None:
+    def __init__(self, plan: Plan, streams: int | None = None) -> None:
+        streams = plan.streams if streams is None else streams
         if streams < 1:
             raise ValueError(f"expected streams of at least 1, got {streams}")
-        self.plan = plan
+        if plan.streams not in (1, streams):
+            raise ValueError(
+                f"this plan decides about {plan.streams} calls in an evaluation separately, got "
+                f"streams={streams}; call the model {plan.streams} times, as guidance_calls=2 does"
+            )
+        self.plan = plan if plan.streams == streams else plan.repeated(streams)
         self.streams: tuple[dict[int, dict[int, Any]], ...] = tuple({} for _ in range(streams))
+        self.lent: dict[int, Any] = {}
         self._mixtures: dict[tuple[int, int], Mixture] = {}
         self.calls = 0
         self._running = False
@@ -36,12 +43,12 @@ class Cache:
     @property
     def evaluation(self) -> int:
         """The evaluation that comes next, or of which calls are still to come."""
-        return self.calls // len(self.streams)
+        return self.calls // self.plan.streams
 
     @property
     def outputs(self) -> dict[int, dict[int, Any]]:
-        """The kept outputs that the next call may reuse, by site index and evaluation."""
-        return self.streams[self.calls % len(self.streams)]
+        """The kept outputs that the next call may reuse, by site index and row of the plan."""
+        return self.streams[self.calls % self.plan.streams]
 
     def reset(self) -> None:
         """Forget everything and start at evaluation 0: call it between generations."""
@@ -52,7 +59,7 @@ class Cache:
 
     def clear(self) -> None:
         """Let go of the kept outputs."""
-        for outputs in self.streams:
+        for outputs in (*self.streams, self.lent):
             outputs.clear()
 
     def wrap_forward(self, forward: Call) -> Call:
@@ -99,25 +106,30 @@ class Cache:
         """Compute the site or form its output from kept ones, as the plan says for this row."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            row, kept = self.evaluation, self.outputs.setdefault(index, {})
+            row, kept = self.calls, self.outputs.setdefault(index, {})
             plan = self.plan
+            # What the other stream gave in this evaluation, if this one is kept relative to it.
+            base = self.lent.pop(index, None)
             if plan.compute[row][index]:
                 out = call(*args, **kwargs)
                 if plan.last_read[row][index] != NEVER:
-                    kept[row] = out
-                return out
-            sources = plan.sources[row][index]
-            out = self._mixture(row, index, kept[sources[0]]).apply([kept[s] for s in sources])
-            for source in sources:
-                if plan.last_read[source][index] == row:  # nothing reads it again
-                    del kept[source]
+                    kept[row] = out if base is None else out - base
+            else:
+                sources = plan.sources[row][index]
+                out = self._mixture(row, index, kept[sources[0]]).apply([kept[s] for s in sources])
+                out = out if base is None else out + base
+                for source in sources:
+                    if plan.last_read[source][index] == row:  # nothing reads it again
+                        del kept[source]
+            if plan.lent[row][index]:
+                self.lent[index] = out
             return out
 
         return run
 
 
 @contextmanager
-def cached(model: nn.Module, plan: Plan, streams: int = 1) -> Iterator[Cache]:
+def cached(model: nn.Module, plan: Plan, streams: int | None = None) -> Iterator[Cache]:
     """Run a model by a plan inside a `with` block; on exit, also by an error, it is as before.
 
     Every `streams` calls of the model are one evaluation of the plan. One generation runs at a
@@ -127,10 +139,11 @@ def cached(model: nn.Module, plan: Plan, streams: int = 1) -> Iterator[Cache]:
         model: A backbone whose sites are the plan's.
         plan: What each evaluation computes.
         streams: Calls per evaluation, which come in the same order every time and share no
-            output: 2 for guidance in two calls, conditional and unconditional.
+            output: 2 for guidance in two calls, conditional and unconditional. By default the
+            plan's own.
 
     Raises:
-        ValueError: If the plan is for other sites, or the model is cached already.
+        ValueError: If the plan is for other sites or streams, or the model is cached already.
     """
     here = sites(model)
     if here.names != plan.sites.names:

@@ -23,35 +23,51 @@ class Plan:
     A reused output is formed from what the site gave when it was last computed, taken before the
     residual gate, so that the gate is always the current one.
 
+    With two streams an evaluation is two calls of the model, the conditional and the unconditional
+    prediction of guidance, and each call has a row: 2 e and 2 e + 1. Each stream reuses its own
+    outputs.
+
     Args:
-        compute: `compute[evaluation][site]`.
+        compute: `compute[row][site]`, a row for each evaluation, or for each call of the model.
         sites: The sites and their costs.
         reuse: How a reused output is formed; a copy of the last one by default.
+        streams: Calls of the model in an evaluation that have rows of their own.
 
     Raises:
         ValueError: If a row has another length than `sites`, a site is reused before it was
-            computed, or the learned parts of `reuse` are of another shape.
+            computed, the rows do not make whole evaluations, or the learned parts of `reuse` are of
+            another shape.
     """
 
     compute: tuple[tuple[bool, ...], ...]
     sites: Sites
     reuse: Reuse = field(default_factory=Reuse)
+    streams: int = 1
 
     def __post_init__(self) -> None:
         if not self.compute:
             raise ValueError("expected at least one evaluation, got none")
+        if self.streams < 1 or len(self.compute) % self.streams:
+            raise ValueError(
+                f"expected a multiple of {self.streams} streams' rows, got {len(self.compute)}"
+            )
+        if self.reuse.relative and self.streams != 2:
+            raise ValueError(
+                f"a rule for the difference of two streams needs a plan of 2, got {self.streams}"
+            )
         for row, computed in enumerate(self.compute):
             if len(computed) != len(self.sites):
                 raise ValueError(
                     f"expected {len(self.sites)} sites in each evaluation, "
                     f"got {len(computed)} in evaluation {row}"
                 )
-        for site, computed_first in zip(self.sites, self.compute[0], strict=True):
-            if not computed_first:
-                raise ValueError(
-                    f"site {site.name} is reused in evaluation 0, before it was ever computed; "
-                    "the first evaluation must compute every site"
-                )
+        for first in self.compute[: self.streams]:
+            for site, computed_first in zip(self.sites, first, strict=True):
+                if not computed_first:
+                    raise ValueError(
+                        f"site {site.name} is reused in evaluation 0, before it was ever computed; "
+                        "the first evaluation must compute every site"
+                    )
         self._check_reuse()
 
     def _check_reuse(self) -> None:
@@ -80,21 +96,34 @@ class Plan:
         compute: Tensor | Sequence[Sequence[bool]],
         sites: Sites,
         reuse: Reuse | None = None,
+        streams: int = 1,
     ) -> Plan:
-        """Make a plan from a boolean table [evaluation, site]."""
+        """Make a plan from a boolean table [row, site]."""
         table = torch.as_tensor(compute)
         if table.ndim != 2:
             raise ValueError(f"expected a table [evaluation, site], got shape {tuple(table.shape)}")
         rows = tuple(tuple(map(bool, row)) for row in table.tolist())
-        return cls(rows, sites, reuse or Reuse())
+        return cls(rows, sites, reuse or Reuse(), streams)
 
     @classmethod
     def rows(
-        cls, chosen: Collection[int], evaluations: int, sites: Sites, reuse: Reuse | None = None
+        cls,
+        chosen: Collection[int],
+        count: int,
+        sites: Sites,
+        reuse: Reuse | None = None,
+        streams: int = 1,
     ) -> Plan:
-        """Compute everything in the chosen evaluations and nothing in the others."""
-        table = tuple((row in chosen,) * len(sites) for row in range(evaluations))
-        return cls(table, sites, reuse or Reuse())
+        """Compute everything in the chosen rows and nothing in the others."""
+        table = tuple((row in chosen,) * len(sites) for row in range(count))
+        return cls(table, sites, reuse or Reuse(), streams)
+
+    def repeated(self, streams: int) -> Plan:
+        """The same for every one of so many calls in an evaluation, each with its own outputs."""
+        if self.streams != 1:
+            raise ValueError(f"this plan has {self.streams} streams already")
+        rows = tuple(row for row in self.compute for _ in range(streams))
+        return Plan(rows, self.sites, self.reuse.repeated(streams), streams)
 
     @classmethod
     def full(cls, evaluations: int, sites: Sites) -> Plan:
@@ -139,7 +168,8 @@ class Plan:
         return cls.rows(chosen, count, sites, reuse)
 
     def __len__(self) -> int:
-        return len(self.compute)
+        """Number of evaluations."""
+        return len(self.compute) // self.streams
 
     @cached_property
     def sources(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -147,13 +177,29 @@ class Plan:
 
         Empty where the site is computed.
         """
-        done: list[tuple[int, ...]] = [()] * len(self.sites)
+        streams: list[list[tuple[int, ...]]] = [[()] * len(self.sites) for _ in range(self.streams)]
         table = []
         for row, computed in enumerate(self.compute):
+            done = streams[row % self.streams]
             table.append(tuple(() if c else done[i] for i, c in enumerate(computed)))
             for i, c in enumerate(computed):
                 if c:
                     done[i] = (row, *done[i])[: self.reuse.order + 1]
+        return tuple(table)
+
+    @cached_property
+    def lent(self) -> tuple[tuple[bool, ...], ...]:
+        """Whether the next call needs what a site gives in this one, by row and site.
+
+        With a rule for differences, where the second stream computes what is read later, or reuses.
+        """
+        if not self.reuse.relative:
+            return ((False,) * len(self.sites),) * len(self.compute)
+        nothing = (False,) * len(self.sites)
+        table = []
+        for row in range(0, len(self.compute), 2):
+            wanted = zip(self.compute[row + 1], self.last_read[row + 1], strict=True)
+            table += [tuple(not c or last != NEVER for c, last in wanted), nothing]
         return tuple(table)
 
     @cached_property
@@ -173,15 +219,16 @@ class Plan:
     def mixtures(self) -> tuple[tuple[Mixture | None, ...], ...]:
         """The numbers of each reused output, by evaluation and site; None where it is computed."""
         known: dict[tuple[int, tuple[int, ...]], Mixture] = {}
+        n = self.streams
 
         def numbers(row: int, site: int, sources: tuple[int, ...]) -> Mixture | None:
             if not sources:
                 return None
-            if self.reuse.learned:
-                return self.reuse.mixture(row, site, sources)
-            if (row, sources) not in known:  # the same for every site
-                known[row, sources] = self.reuse.mixture(row, site, sources)
-            return known[row, sources]
+            found = None if self.reuse.learned else known.get((row, sources))
+            if found is None:
+                found = self.reuse.mixture(row, site, [s // n for s in sources], row // n)
+                known[row, sources] = found  # without learned parts the same for every site
+            return found
 
         return tuple(
             tuple(numbers(row, site, found) for site, found in enumerate(sources))
@@ -194,11 +241,11 @@ class Plan:
 
         A copy costs none, another reused output one per number and output that it is formed from.
         """
-        free = self.reuse.kind == "copy" and not self.reuse.learned
+        free = 0 if self.reuse.learned else 1  # from one output and nothing learned: a copy
         return tuple(
             self.sites.rest
             + sum(
-                site.macs if c else 0 if free else site.elements * len(found)
+                site.macs if c else site.elements * len(found) if len(found) > free else 0
                 for site, c, found in zip(self.sites, row, sources, strict=True)
             )
             for row, sources in zip(self.compute, self.sources, strict=True)
@@ -208,12 +255,12 @@ class Plan:
     def ages(self) -> tuple[tuple[int, ...], ...]:
         """Evaluations since the newest output that a reused one is formed from; 0 if computed."""
         return tuple(
-            tuple(row - found[0] if found else 0 for found in sources)
+            tuple((row - found[0]) // self.streams if found else 0 for found in sources)
             for row, sources in enumerate(self.sources)
         )
 
     def cache_bytes(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> int:
-        """Most bytes that kept outputs take at once, between two evaluations or within one.
+        """Most bytes that kept outputs take at once, between two calls of the model or within one.
 
         Args:
             batch: Samples in a call of the model: with guidance in one batch, twice the images.
@@ -223,6 +270,10 @@ class Plan:
         for row, computed in enumerate(self.compute):
             for site, c in enumerate(computed):
                 elements = self.sites[site].elements
+                now += elements * self.lent[row][site]
+                most = max(most, now)
+                if row and self.lent[row - 1][site]:
+                    now -= elements
                 if c:
                     now += elements * (self.last_read[row][site] != NEVER)
                     most = max(most, now)
@@ -239,7 +290,7 @@ class Plan:
     @property
     def share(self) -> float:
         """Share of the multiply-accumulates of the whole run."""
-        return sum(self.macs) / (self.sites.macs * len(self))
+        return sum(self.macs) / (self.sites.macs * len(self.compute))
 
     @property
     def speedup(self) -> float:
@@ -269,9 +320,14 @@ class Plan:
             f"{len(self)} evaluations x {len(self.sites)} sites ({first} to {last}), "
             f"{self.share:.1%} of the compute; █ computed, · reused{how}"
         )
-        width = len(str(len(self) - 1))
+        width = len(str(len(self) - 1)) + (self.streams > 1)
         rows = [
-            f"{i:>{width}} {line(row)} {share:4.0%}"
+            f"{self._label(i):>{width}} {line(row)} {share:4.0%}"
             for i, (row, share) in enumerate(zip(self.compute, self.shares, strict=True))
         ]
         return "\n".join([head, *rows])
+
+    def _label(self, row: int) -> str:
+        """The evaluation, of two streams with c (conditional) or u (unconditional)."""
+        evaluation, stream = divmod(row, self.streams)
+        return str(evaluation) if self.streams == 1 else f"{evaluation}{'cu'[stream]}"

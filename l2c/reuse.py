@@ -34,6 +34,8 @@ class Reuse:
         corrections: Learned, relative to the terms of the extrapolation: term i is multiplied by
             `1 + corrections[evaluation, site, i, channel]`, the last size 1 or all channels.
         shift: Learned, added to the prediction, [evaluation, site, channel].
+        relative: In plans of two streams, extrapolate in the second one its difference to the
+            first, which changes less than either; what the first gives is added.
 
     Raises:
         ValueError: If kind and order do not fit, or the tensors' shapes.
@@ -43,6 +45,7 @@ class Reuse:
     order: int = 0
     corrections: Tensor | None = None
     shift: Tensor | None = None
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -69,7 +72,7 @@ class Reuse:
                 raise ValueError(f"expected finite {name}, got NaN or infinity")
 
     @classmethod
-    def named(cls, name: str) -> Reuse:
+    def named(cls, name: str, relative: bool = False) -> Reuse:
         """A rule without learned parts by its name: "copy", "taylor-2", "newton-1", ...
 
         Raises:
@@ -78,7 +81,7 @@ class Reuse:
         kind, _, order = name.partition("-")
         if order and not order.isdigit():
             raise ValueError(f'expected a rule such as "copy" or "taylor-2", got {name!r}')
-        return cls(kind, int(order or 0))
+        return cls(kind, int(order or 0), relative=relative)
 
     @property
     def name(self) -> str:
@@ -96,7 +99,7 @@ class Reuse:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Reuse):
             return NotImplemented
-        if (self.kind, self.order) != (other.kind, other.order):
+        if (self.kind, self.order, self.relative) != (other.kind, other.order, other.relative):
             return False
         pairs = ((self.corrections, other.corrections), (self.shift, other.shift))
         return all(
@@ -104,19 +107,32 @@ class Reuse:
             for mine, theirs in pairs
         )
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        return hash((self.kind, self.order, self.relative))
 
-    def mixture(self, row: int, site: int, sources: Sequence[int]) -> Mixture:
+    def repeated(self, streams: int) -> Reuse:
+        """The same for a plan whose rows are repeated so many times."""
+        corrections, shift = (
+            None if learned is None else learned.repeat_interleave(streams, dim=0)
+            for learned in (self.corrections, self.shift)
+        )
+        return Reuse(self.kind, self.order, corrections, shift, self.relative)
+
+    def mixture(
+        self, row: int, site: int, sources: Sequence[int], evaluation: int | None = None
+    ) -> Mixture:
         """What to form the output of a reused site from.
 
         Args:
-            row: The evaluation.
+            row: The row of the plan.
             site: Index of the site.
             sources: The evaluations that computed the history, newest first.
+            evaluation: The evaluation of the row, if that is another number.
         """
         correction = None if self.corrections is None else self.corrections[row, site]
         shift = None if self.shift is None else self.shift[row, site]
-        return mixture(self.kind, row, sources, correction, shift)
+        now = row if evaluation is None else evaluation
+        return mixture(self.kind, now, sources, correction, shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +144,15 @@ class Mixture:
         shift: [channel], or None.
     """
 
-    coefficients: tuple[float, ...] | tuple[Tensor, ...]
+    coefficients: tuple[float | Tensor, ...]
     shift: Tensor | None = None
 
     @property
     def is_copy(self) -> bool:
         """Whether the output is the last one as it is."""
-        return self.coefficients == (1.0,) and self.shift is None
+        first = self.coefficients[0]
+        plain = len(self.coefficients) == 1 and self.shift is None
+        return plain and not isinstance(first, Tensor) and first == 1
 
     def to(self, like: Tensor) -> Mixture:
         """The same with its tensors on the device and in the precision of an output."""

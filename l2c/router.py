@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,9 @@ class Router:
         reuse: How a reused output is formed, with what was learned about it.
         budget: The share of the compute that it was trained to; None if it was trained with a
             threshold. Then `plan()` keeps to it, in place of the threshold.
+        streams: 2 if it decides about the conditional and the unconditional prediction of guidance
+            separately; tensors then have a row for each of them in turn, in place of one for each
+            evaluation.
 
     Raises:
         ValueError: If shapes do not fit, or scores are not probabilities.
@@ -57,9 +61,12 @@ class Router:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     reuse: Reuse = field(default_factory=Reuse)
     budget: float | None = None
+    streams: int = 1
 
     def __post_init__(self) -> None:
-        rows = len(self.schedule)
+        if self.streams not in (1, 2):
+            raise ValueError(f"expected 1 or 2 streams, got {self.streams}")
+        rows = len(self.schedule) * self.streams
         for name, tensor, shape in (
             ("scores", self.scores, (rows, len(self.sites))),
             ("gated", self.gated, (rows,)),
@@ -78,12 +85,14 @@ class Router:
             raise ValueError(
                 f"expected updates from {UNCOUNTED} (not counted) on, got {int(self.updates.min())}"
             )
-        if bool(self.gated[0]):
+        if bool(self.gated[: self.streams].any()):
             raise ValueError("evaluation 0 has nothing to reuse, so it can't be gated")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"expected a threshold in [0, 1], got {self.threshold}")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"expected a budget in (0, 1], got {self.budget}")
+        # Refuses learned parts that don't fit.
+        Plan.rows(range(rows), rows, self.sites, self.reuse, self.streams)
 
     def plan(
         self,
@@ -118,7 +127,8 @@ class Router:
         if not 0 <= threshold <= 1:
             raise ValueError(f"expected a threshold in [0, 1], got {threshold}")
         decided = self._decided("threshold")[:, None]
-        return Plan.of(~decided | (self.scores > threshold), self.sites, self.reuse)
+        compute = ~decided | (self.scores > threshold)
+        return Plan.of(compute, self.sites, self.reuse, self.streams)
 
     def _decided(self, what: str) -> Tensor:
         """The evaluations whose scores count, [evaluation]."""
@@ -241,6 +251,16 @@ class Router:
             return 0.0
         return float(torch.logical_and(scores > 0.05, scores < 0.95).float().mean())
 
+    def retarget(self, schedule: Schedule) -> Router:
+        """The router for another schedule of the same noise, untrained; see `l2c.retarget`.
+
+        Raises:
+            ValueError: If the schedule is for another noise, or has fewer than 2 evaluations.
+        """
+        from l2c.retarget import retarget
+
+        return retarget(self, schedule)
+
 
 def within(router: Router, decided: Tensor, budget: float, costs: Sites) -> Plan:
     """The plan that computes what scores highest, as much as a budget allows.
@@ -260,24 +280,21 @@ def within(router: Router, decided: Tensor, budget: float, costs: Sites) -> Plan
         raise ValueError(
             f"expected costs of the router's {len(router.sites)} sites, got {len(costs)} others"
         )
-    compute = (~decided)[:, None].expand(-1, len(router.sites)).clone()
-    prices = torch.tensor([site.macs for site in costs], dtype=torch.float64)
-    total = budget * len(compute) * costs.macs
-    left = total - len(compute) * costs.rest - float((compute * prices).sum())
-    if left < 0:
-        needed = (len(compute) * costs.rest + float((compute * prices).sum())) / (
-            len(compute) * costs.macs
-        )
+    compute = (~decided)[:, None].expand(-1, len(router.sites))
+    scores = sorted(set(router.scores[decided].flatten().tolist()), reverse=True)
+    # What a combination costs is known in multiply-accumulates alone.
+    rule = router.reuse if costs == router.sites else Reuse(relative=router.reuse.relative)
+
+    def table(count: int) -> Tensor:
+        return compute | (router.scores >= scores[count - 1]) if count else compute
+
+    def share(count: int) -> float:
+        return Plan.of(table(count), costs, rule, router.streams).share
+
+    if share(0) > budget:
         raise ValueError(
-            f"a budget of {budget:.3f} is below {needed:.3f} of the compute, which the evaluations "
-            "that always compute and the parts outside of all sites take; give more"
+            f"a budget of {budget:.3f} is below {share(0):.3f} of the compute, which the "
+            "evaluations that always compute and the parts outside of all sites take; give more"
         )
-    gated = router.scores.double().masked_fill(compute, -1.0)
-    for score in sorted(set(gated.flatten().tolist()), reverse=True):
-        group = gated == score
-        price = float((group * prices).sum())
-        if score < 0 or price > left:
-            break
-        compute |= group
-        left -= price
-    return Plan.of(compute, router.sites, router.reuse)
+    count = bisect_right(range(len(scores) + 1), budget, key=share) - 1
+    return Plan.of(table(count), router.sites, router.reuse, router.streams)

@@ -60,7 +60,12 @@ def save(router: Router, path: str | Path) -> None:
         "schedule": router.schedule.to_dict(),
         "threshold": router.threshold,
         "budget": router.budget,
-        "reuse": {"kind": router.reuse.kind, "order": router.reuse.order},
+        "reuse": {
+            "kind": router.reuse.kind,
+            "order": router.reuse.order,
+            "relative": router.reuse.relative,
+        },
+        "streams": router.streams,
         "guidance_scale": router.guidance_scale,
         "provenance": dict(router.provenance),
     }
@@ -123,6 +128,7 @@ def _build(described: dict[str, Any], tensors: dict[str, Tensor]) -> Router:
         _typed(rule["order"], int),
         tensors.get("corrections"),
         tensors.get("shift"),
+        _typed(rule["relative"], bool),
     )
     budget = described["budget"]
     guidance = described["guidance_scale"]
@@ -144,6 +150,7 @@ def _build(described: dict[str, Any], tensors: dict[str, Tensor]) -> Router:
         provenance=provenance,
         reuse=reuse,
         budget=None if budget is None else _typed(budget, float | int),
+        streams=_typed(described["streams"], int),
     )
 
 

@@ -58,7 +58,8 @@ def sample(
         guidance_channels: Guide only the first so many channels, as the original DiT does with
             3 of 4; None for all.
         guidance_calls: 1 to put both predictions of guidance into one batch of twice the size, 2
-            to call the model twice, each with a cache of its own, which needs half the memory.
+            to call the model twice, each with a cache of its own, which needs half the memory. A
+            plan that decides about the two separately has them in two calls anyway.
         router: A router or its file; refused where it does not fit model, schedule or guidance.
         plan: A plan in place of a router.
         generator: A CPU or device generator for the noise, or one per sample.
@@ -89,6 +90,13 @@ def sample(
         raise ValueError(
             f"expected a plan of {len(schedule)} evaluations for {schedule}, got {len(plan)}"
         )
+    if plan is not None and plan.streams == 2:
+        if guidance_scale == 1.0:
+            raise ValueError(
+                "this plan decides about the two predictions of guidance separately; give a "
+                "guidance_scale other than 1"
+            )
+        guidance_calls = 2
     if guidance_channels is not None and not 1 <= guidance_channels <= model.in_channels:
         raise ValueError(
             f"expected guidance_channels between 1 and {model.in_channels}, got {guidance_channels}"

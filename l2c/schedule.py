@@ -64,6 +64,7 @@ class Schedule:
             "ddim": cls.ddim,
             "dpm_solver_2": cls.dpm_solver_2,
             "dpm_solver_pp_2m": cls.dpm_solver_pp_2m,
+            "unipc": cls.unipc,
             "flow_euler": cls.flow_euler,
         }
         if solver not in makers:
@@ -146,6 +147,28 @@ class Schedule:
         Raises:
             ValueError: If there are more evaluations than timesteps, or the spacing is unknown.
         """
+        return cls._multistep("dpm_solver_pp_2m", evaluations, spacing, noise)
+
+    @classmethod
+    def unipc(
+        cls, evaluations: int, spacing: str = "log_snr", noise: Noise | None = None
+    ) -> Schedule:
+        """UniPC of order 2, multistep (Zhao et al. 2023, B_2(h)), down to the clean sample.
+
+        Args:
+            evaluations: Number of steps, one model evaluation each.
+            spacing: As for `dpm_solver_pp_2m`.
+            noise: The model's forward process; DiT's by default.
+
+        Raises:
+            ValueError: If there are more evaluations than timesteps, or the spacing is unknown.
+        """
+        return cls._multistep("unipc", evaluations, spacing, noise)
+
+    @classmethod
+    def _multistep(
+        cls, solver: str, evaluations: int, spacing: str, noise: Noise | None
+    ) -> Schedule:
         noise = noise or Noise()
         _check_count(evaluations, noise)
         if spacing == "log_snr":
@@ -159,7 +182,7 @@ class Schedule:
                 f"{evaluations} evaluations are too many for spacing {spacing}: timesteps of low "
                 "noise would coincide; take fewer, or spacing trailing"
             )
-        return cls("dpm_solver_pp_2m", tuple(ids), {"spacing": spacing}, noise)
+        return cls(solver, tuple(ids), {"spacing": spacing}, noise)
 
     @classmethod
     def flow_euler(

@@ -33,7 +33,7 @@ class Site:
     @property
     def elements(self) -> int:
         """Numbers in its output for one sample."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) if self.shape else 0
 
     @property
     def channels(self) -> int:

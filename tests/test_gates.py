@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import l2c
 from l2c.backbone import Backbone
 from tests.conftest import blocks_of
-from train.gates import gated
+from train.gates import Outputs, gated
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -20,11 +20,17 @@ def inputs(count: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     return x, torch.full((count,), 500 + seed), torch.arange(count)
 
 
-def recorded(model: Backbone, at: Inputs) -> dict[int, Tensor]:
-    outputs: dict[int, Tensor] = {}
+def recorded(model: Backbone, at: Inputs) -> Outputs:
+    outputs: Outputs = {}
     with torch.no_grad(), gated(model, outputs, None):
         model(*at)
     return outputs
+
+
+def only(outputs: Outputs) -> dict[int, Tensor]:
+    """What is kept, where one output of each site is."""
+    assert all(len(kept) == 1 for kept in outputs.values())
+    return {index: output for index, ((_, output),) in outputs.items()}
 
 
 def sublayers(model: Backbone) -> list[nn.Module]:
@@ -57,14 +63,15 @@ def assert_untouched(model: Backbone, at: Inputs, expected: Tensor) -> None:
 
 def test_without_weights_every_output_is_recorded_and_nothing_changes(backbone: Backbone) -> None:
     at = inputs()
-    outputs: dict[int, Tensor] = {}
-    with torch.no_grad(), gated(backbone, outputs, None):
+    outputs: Outputs = {}
+    with torch.no_grad(), gated(backbone, outputs, None, row=3):
         result = backbone(*at)
     assert torch.equal(result, backbone(*at))
     expected = hooked(backbone, at)
     assert sorted(outputs) == list(range(len(expected))) == list(range(6))
     for index, output in enumerate(expected):
-        assert torch.equal(outputs[index], output)
+        assert torch.equal(only(outputs)[index], output)
+        assert outputs[index][0][0] == 3
 
 
 def test_weights_of_one_compute_everything(backbone: Backbone) -> None:
@@ -73,7 +80,7 @@ def test_weights_of_one_compute_everything(backbone: Backbone) -> None:
         result = backbone(*inputs())
     assert torch.equal(result, backbone(*inputs()))
     for index, output in enumerate(hooked(backbone, inputs())):
-        assert torch.equal(outputs[index], output)
+        assert torch.equal(only(outputs)[index], output)
 
 
 def test_weights_of_zero_reuse_everything(backbone: Backbone) -> None:
@@ -83,7 +90,7 @@ def test_weights_of_zero_reuse_everything(backbone: Backbone) -> None:
         result = backbone(*inputs())
     assert not torch.equal(result, backbone(*inputs()))
     for index in range(6):
-        assert torch.equal(outputs[index], before[index])
+        assert torch.equal(only(outputs)[index], only(before)[index])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -94,7 +101,7 @@ def test_weights_of_zero_and_one_are_the_cached_model_over_many_evaluations(
     compute = torch.rand(5, 6, generator=g) > 0.5
     compute[0] = True
     plan = l2c.Plan.of(compute, l2c.sites(backbone))
-    outputs: dict[int, Tensor] = {}
+    outputs: Outputs = {}
     with torch.no_grad(), l2c.cached(backbone, plan):
         expected = [backbone(*inputs(seed=row)) for row in range(5)]
     with torch.no_grad():
@@ -110,7 +117,62 @@ def test_a_weight_mixes_fresh_and_reused_output(backbone: Backbone) -> None:
     with torch.no_grad(), gated(backbone, outputs, weights):
         backbone(*inputs())
     fresh = hooked(backbone, inputs())[0]  # nothing before it is mixed
-    assert torch.equal(outputs[0], 0.25 * fresh + 0.75 * stale[0])
+    assert torch.equal(only(outputs)[0], 0.25 * fresh + 0.75 * only(stale)[0])
+
+
+def test_with_nothing_kept_everything_is_computed_whatever_the_weights(backbone: Backbone) -> None:
+    weights = torch.tensor([0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
+    outputs: Outputs = {}
+    with torch.no_grad(), gated(backbone, outputs, weights):
+        result = backbone(*inputs())
+    assert torch.equal(result, backbone(*inputs()))
+    assert sorted(index for index, kept in outputs.items() if kept) == [1, 2, 3, 4, 5]
+
+
+def test_the_newest_outputs_are_kept_as_many_as_asked_for(backbone: Backbone) -> None:
+    outputs: Outputs = {}
+    with torch.no_grad():
+        for row in range(5):
+            open_gates = torch.ones(6)
+            open_gates[0] = float(row != 3)  # a reused output is none of them
+            with gated(backbone, outputs, open_gates if row else None, row=row, history=3):
+                backbone(*inputs(seed=row))
+    assert [source for source, _ in outputs[0]] == [4, 2, 1]
+    for index in range(1, 6):
+        assert [source for source, _ in outputs[index]] == [4, 3, 2]
+
+
+def test_lazy_gates_compute_only_what_is_open(backbone: Backbone) -> None:
+    outputs = recorded(backbone, inputs(seed=1))
+    calls: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda *_, index=index: calls.append(index))
+        for index, layer in enumerate(sublayers(backbone))
+    ]
+    weights = torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 0.0])
+    results = []
+    for lazy in (True, False):
+        calls.clear()
+        with torch.no_grad(), gated(backbone, dict(outputs), weights, lazy=lazy):
+            results.append(backbone(*inputs()))
+        assert calls == ([1, 2, 4] if lazy else list(range(6)))
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(*results)
+
+
+def test_lazy_gates_have_a_gradient_where_they_are_open(backbone: Backbone) -> None:
+    outputs = recorded(backbone, inputs(seed=1))
+    gradients = []
+    for lazy in (True, False):
+        weights = torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 0.0], requires_grad=True)
+        with gated(backbone, dict(outputs), weights, lazy=lazy):
+            backbone(*inputs()).square().sum().backward()
+        gradients.append(weights.grad)
+    opened = torch.tensor([False, True, True, False, True, False])
+    assert torch.equal(gradients[0][opened], gradients[1][opened])
+    assert bool((gradients[1] != 0).all())
+    assert not bool(gradients[0][~opened].any())
 
 
 # --- gradients ---
@@ -123,7 +185,7 @@ def direction_and_weights(model: Backbone) -> tuple[Tensor, Tensor]:
 
 
 def mixed_loss(
-    model: Backbone, weights: Tensor, stale: dict[int, Tensor], at: Inputs, direction: Tensor
+    model: Backbone, weights: Tensor, stale: Outputs, at: Inputs, direction: Tensor
 ) -> Tensor:
     with gated(model, dict(stale), weights):
         return (model(*at) * direction).sum()
@@ -147,9 +209,10 @@ def test_gradient_of_a_weight_is_upstream_gradient_times_fresh_minus_stale(
         loss = (model(*at) * direction).sum()
     for hook in hooks:
         hook.remove()
-    upstream = torch.autograd.grad(loss, [mixed[i] for i in range(6)], retain_graph=True)
+    upstream = torch.autograd.grad(loss, [only(mixed)[i] for i in range(6)], retain_graph=True)
     (gradient,) = torch.autograd.grad(loss, weights)
-    by_hand = torch.stack([(upstream[i] * (fresh[i] - stale[i])).sum() for i in range(6)])
+    before = only(stale)
+    by_hand = torch.stack([(upstream[i] * (fresh[i] - before[i])).sum() for i in range(6)])
     # float64: the two sum the same products in another order
     assert torch.allclose(gradient, by_hand, rtol=1e-10, atol=1e-12)
     assert bool((gradient.abs() > 1e-6).all())
@@ -178,7 +241,7 @@ def test_gradient_of_the_weights_agrees_with_finite_differences(
 
 def test_backbone_gets_no_gradient_and_stale_outputs_are_constants(backbone: Backbone) -> None:
     stale = recorded(backbone, inputs(seed=1))
-    assert not any(output.requires_grad for output in stale.values())
+    assert not any(output.requires_grad for output in only(stale).values())
     weights = torch.full((6,), 0.5, requires_grad=True)
     with gated(backbone, dict(stale), weights):
         backbone(*inputs()).sum().backward()
@@ -197,8 +260,8 @@ def test_model_is_restored_at_the_end(backbone: Backbone) -> None:
 
 def test_model_is_restored_after_an_error(backbone: Backbone) -> None:
     expected = backbone(*inputs())
-    with pytest.raises(KeyError), gated(backbone, {}, torch.full((6,), 0.5)):
-        backbone(*inputs())  # nothing was recorded that could be mixed
+    with pytest.raises(IndexError), gated(backbone, {}, torch.zeros(6), lazy=True):
+        backbone(*inputs())  # nothing was recorded that could be reused
     assert_untouched(backbone, inputs(), expected)
     with pytest.raises(ZeroDivisionError), gated(backbone, {}, None):
         raise ZeroDivisionError

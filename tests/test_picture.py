@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import l2c
-from l2c.picture import draw_samples, router_figure
+from l2c.picture import draw_router, draw_samples, router_figure
+from tests.conftest import make_router, tiny_dit, tiny_uvit
 
 
 def test_heat_map_shows_scores_grouped_by_kind(router: l2c.Router) -> None:
@@ -21,6 +22,33 @@ def test_heat_map_shows_scores_grouped_by_kind(router: l2c.Router) -> None:
     np.testing.assert_array_equal(shown, expected.numpy().astype(float))
     widths = [bar.get_width() for bar in bars.patches]
     assert widths == [100 * share for share in router.plan().shares]
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_heat_map_of_a_uvit_numbers_blocks_in_calling_order(depth: int, tmp_path: Path) -> None:
+    """Its middle block has no number of its own."""
+    router = make_router(tiny_uvit(depth=depth), l2c.Schedule.dpm_solver_2(8))
+    figure = router_figure(router)
+    heat = figure.axes[0]
+    blocks = depth + 1
+    assert [label.get_text() for label in heat.get_xticklabels()] == [
+        str(block) for _ in ("attn", "mlp") for block in range(blocks)
+    ]
+    assert heat.get_xticks().tolist() == list(range(2 * blocks))
+    assert [text.get_text() for text in heat.texts] == ["attn", "mlp"]
+    shown = np.ma.filled(heat.images[0].get_array().astype(float), np.nan)
+    order = [*range(0, 2 * blocks, 2), *range(1, 2 * blocks, 2)]
+    expected = router.scores[:, order].masked_fill(~router.gated[:, None], torch.nan)
+    np.testing.assert_array_equal(shown, expected.numpy().astype(float))
+    draw_router(router, tmp_path / "uvit.png")
+    with Image.open(tmp_path / "uvit.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_heat_map_of_many_sites_leaves_out_ticks_and_counts_on() -> None:
+    router = make_router(tiny_dit(depth=28), l2c.Schedule.ddim(4))
+    labels = [label.get_text() for label in router_figure(router).axes[0].get_xticklabels()]
+    assert labels == [str(block) for block in range(0, 28, 2)] * 2
 
 
 def test_samples_are_drawn_row_by_row(tmp_path: Path) -> None:

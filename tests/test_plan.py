@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import l2c
+from l2c.plan import NEVER
+from l2c.reuse import Reuse
 from tests.fitting import lively_uvit
 
 KINDS = (("attn", 30), ("mlp", 50))
@@ -40,11 +42,42 @@ def test_prints_as_a_grid(plan: l2c.Plan) -> None:
 
 
 def test_holds_what_the_next_evaluation_reuses(plan: l2c.Plan) -> None:
-    assert plan.held == (
+    held = tuple(
+        tuple(
+            any(plan.last_read[source][site] > row for source in range(row + 1))
+            for site in range(4)
+        )
+        for row in range(3)
+    )
+    assert held == (
         (True, False, True, True),
         (False, True, True, False),
         (False, False, False, False),
     )
+    assert plan.last_read == ((1, NEVER, 2, 1), (NEVER, 2, NEVER, NEVER), (NEVER,) * 4)
+
+
+def test_says_what_is_reused_and_how_old_it_is(plan: l2c.Plan) -> None:
+    assert plan.sources == (
+        ((), (), (), ()),
+        ((0,), (), (0,), (0,)),
+        ((), (1,), (0,), ()),
+    )
+    assert plan.ages == ((0, 0, 0, 0), (1, 0, 1, 1), (0, 1, 2, 0))
+    assert all(
+        (numbers is None) == computed
+        for row, computes in zip(plan.mixtures, plan.compute, strict=True)
+        for numbers, computed in zip(row, computes, strict=True)
+    )
+
+
+def test_rows_compute_all_or_nothing() -> None:
+    plan = l2c.Plan.rows({0, 1, 4}, 6, SITES, Reuse("newton", 2))
+    assert [all(row) for row in plan.compute] == [True, True, False, False, True, False]
+    assert [any(row) for row in plan.compute] == [all(row) for row in plan.compute]
+    assert plan == l2c.Plan.of(plan.compute, SITES, Reuse("newton", 2))
+    with pytest.raises(ValueError, match="is reused in evaluation 0"):
+        l2c.Plan.rows([1, 2], 3, SITES)
 
 
 def test_full_and_every() -> None:
@@ -60,6 +93,8 @@ def test_equal_tables_are_equal_plans(plan: l2c.Plan) -> None:
     assert plan == l2c.Plan.of(torch.tensor(TABLE), SITES)
     assert plan != l2c.Plan.full(3, SITES)
     assert hash(plan) == hash(l2c.Plan.of(TABLE, SITES))
+    extrapolated = [l2c.Plan.of(TABLE, SITES, Reuse(kind, 1)) for kind in ("taylor", "newton")]
+    assert len({plan, *extrapolated}) == 3
 
 
 def test_reuse_before_the_first_computation_is_refused() -> None:

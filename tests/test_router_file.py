@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import l2c
+from l2c.reuse import Reuse
 from tests.conftest import make_router
 
 
@@ -26,7 +27,7 @@ def same(a: l2c.Router, b: l2c.Router) -> bool:
     tensors = all(
         torch.equal(getattr(a, name), getattr(b, name)) for name in ("scores", "gated", "updates")
     )
-    plain = ("sites", "schedule", "identity", "threshold", "guidance_scale")
+    plain = ("sites", "schedule", "identity", "threshold", "guidance_scale", "reuse", "budget")
     return tensors and all(getattr(a, name) == getattr(b, name) for name in plain)
 
 
@@ -56,14 +57,72 @@ def test_is_a_plain_safetensors_file_that_describes_itself(path: Path, dit: l2c.
     with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == {"scores", "gated", "updates"}
         described = json.loads(file.metadata()["l2c"])
-    assert described["format"] == 1
+    assert described["format"] == 2
     assert described["version"] == l2c.__version__
     assert described["identity"]["backbone"] == "DiT"
     assert described["identity"]["config"] == dit.config
     assert len(described["identity"]["weights"]) == 64
     assert described["schedule"]["timesteps"] == [999, 799, 599, 400, 200, 0]
-    assert described["sites"][0] == ["blocks.0.attn", l2c.sites(dit)[0].macs]
+    assert described["sites"][0] == ["blocks.0.attn", l2c.sites(dit)[0].macs, [16, 32]]
+    assert described["reuse"] == {"kind": "copy", "order": 0, "relative": False}
+    assert described["streams"] == 1
+    assert described["budget"] is None
     assert {"rest", "threshold", "guidance_scale", "provenance"} <= described.keys()
+
+
+@pytest.mark.parametrize("width", [1, 32])
+@pytest.mark.parametrize("kind", ["copy", "taylor", "newton"])
+@pytest.mark.parametrize("parts", [("corrections",), ("shift",), ("corrections", "shift")])
+def test_what_was_learned_about_reuse_comes_back_bit_by_bit(
+    dit: l2c.DiT,
+    schedule: l2c.Schedule,
+    tmp_path: Path,
+    kind: str,
+    width: int,
+    parts: tuple[str, ...],
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    order = 0 if kind == "copy" else 2
+    learned = {
+        "corrections": torch.randn(6, 6, order + 1, width, generator=g),
+        "shift": torch.randn(6, 6, 32, generator=g),
+    }
+    reuse = Reuse(kind, order, **{part: learned[part] for part in parts})
+    router = make_router(dit, schedule, reuse=reuse, budget=0.75)
+    path = tmp_path / "router.safetensors"
+    router.save(path)
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == {"scores", "gated", "updates", *parts}
+        for part in parts:
+            assert torch.equal(file.get_tensor(part), learned[part])
+        described = json.loads(file.metadata()["l2c"])
+    assert described["reuse"] == {"kind": kind, "order": order, "relative": False}
+    assert described["budget"] == 0.75
+    loaded = l2c.Router.load(path, dit)
+    assert same(loaded, router)
+    assert loaded.plan() == router.plan()
+    content = path.read_bytes()
+    loaded.save(path)
+    again = l2c.Router.load(path)
+    assert same(again, router)
+    flipped = bytearray(content)
+    flipped[-100] ^= 1  # the last tensor of the file
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match="damaged: its checksum differs"):
+        l2c.Router.load(path)
+
+
+def test_what_was_trained_and_may_have_a_gradient_is_saved_as_it_is(
+    dit: l2c.DiT, schedule: l2c.Schedule, tmp_path: Path
+) -> None:
+    shift = torch.randn(32, 6, 6).permute(2, 1, 0).double().requires_grad_()
+    router = make_router(dit, schedule, reuse=Reuse(shift=shift))
+    router.save(tmp_path / "r.safetensors")
+    loaded = l2c.Router.load(tmp_path / "r.safetensors").reuse
+    assert loaded.corrections is None
+    assert loaded.shift is not None
+    assert loaded.shift.dtype == torch.float32
+    assert torch.equal(loaded.shift, shift.detach().float())
 
 
 def test_loading_checks_what_it_is_given(path: Path, dit: l2c.DiT) -> None:
@@ -140,10 +199,15 @@ def rewrite(path: Path, **changes: object) -> None:
     save_file(tensors, path, {"l2c": text, "sha256": _checksum(text, tensors)})
 
 
+def ruled(kind: str, order: object) -> dict[str, object]:
+    return {"kind": kind, "order": order, "relative": False}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2, "version": "9.9"}, "router format 2.*reads format 1.*l2c 9.9"),
+        ({"format": 3, "version": "9.9"}, "router format 3.*reads format 2.*l2c 9.9"),
+        ({"format": 1, "version": "0.1"}, "router format 1.*reads format 2.*l2c 0.1, install that"),
         ({"scores": torch.full((6, 6), torch.nan)}, "not a usable router: .*NaN"),
         ({"scores": torch.rand(5, 6)}, r"not a usable router: .*got \(5, 6\)"),
         ({"scores": torch.rand(6, 6).double()}, "expected a tensor scores of torch.float32"),
@@ -151,6 +215,18 @@ def rewrite(path: Path, **changes: object) -> None:
         ({"sites": []}, "not a usable router"),
         ({"identity": {"backbone": "DiT"}}, "incomplete"),
         ({"identity": {"backbone": "DiT", "config": {}, "weights": 3}}, "incomplete"),
+        ({"reuse": ruled("spline", 2)}, "not a usable router: unknown rule 'spline'"),
+        ({"reuse": ruled("taylor", 4)}, "not a usable router: .*order from 1 to 3"),
+        ({"reuse": ruled("taylor", "2")}, "incomplete"),
+        ({"reuse": {"kind": "taylor", "relative": False}}, "incomplete: KeyError"),
+        ({"budget": 1.5}, r"not a usable router: .*budget in \(0, 1\], got 1.5"),
+        ({"budget": "half"}, "incomplete"),
+        ({"corrections": torch.zeros(6, 6, 2, 32)}, "not a usable router: .*1 terms for copy"),
+        ({"corrections": torch.zeros(5, 6, 1, 32)}, "not a usable router: .*6 evaluations and 6"),
+        ({"corrections": torch.zeros(6, 6, 1, 16)}, r"not a usable router: .*\[32\], got 16"),
+        ({"corrections": torch.zeros(6, 6, 1, 32).half()}, "corrections of torch.float32"),
+        ({"shift": torch.full((6, 6, 32), torch.inf)}, "not a usable router: .*finite shift"),
+        ({"shift": torch.zeros(6, 6)}, "not a usable router: .*a shift"),
     ],
 )
 def test_signed_but_wrong(path: Path, changes: dict[str, object], message: str) -> None:
@@ -208,15 +284,31 @@ def test_a_description_that_is_no_object(path: Path, text: str) -> None:
         l2c.Router.load(path)
 
 
-def test_a_tensor_too_many(path: Path) -> None:
-    sign(path, "{}", other=torch.zeros(2, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=path.name):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tensor_too_many(path: Path, dtype: torch.dtype) -> None:
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()["l2c"]
+    sign(path, text)
+    l2c.Router.load(path)
+    sign(path, text, other=torch.zeros(2, dtype=dtype))
+    with pytest.raises(ValueError, match=f"{path.name} is no whole router: .*found .*other"):
+        l2c.Router.load(path)
+    sign(path, text, shift=torch.zeros(6, 6, 32), other=torch.zeros(2))
+    with pytest.raises(ValueError, match="no whole router: .*corrections, shift, found .*other"):
         l2c.Router.load(path)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rest": None}, {"rest": "many"}, {"sites": [["a", "b"]] * 6}, {"sites": [[1, 2]] * 6}],
+    [
+        {"rest": None},
+        {"rest": "many"},
+        {"sites": [["a", "b", [2]]] * 6},
+        {"sites": [[1, 2, [2]]] * 6},
+        {"sites": [["a", 2]] * 6},
+        {"sites": [["a", 2, 3]] * 6},
+        {"sites": [["a", 2, ["3"]]] * 6},
+    ],
 )
 def test_costs_and_names_of_the_wrong_type(path: Path, changes: dict[str, object]) -> None:
     rewrite(path, **changes)
@@ -227,7 +319,20 @@ def test_costs_and_names_of_the_wrong_type(path: Path, changes: dict[str, object
 def test_another_format_is_named_before_anything_else_is_judged(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         described = json.loads(file.metadata()["l2c"])
-    text = json.dumps({**described, "format": 2, "version": "9.9"})
+    text = json.dumps({**described, "format": 3, "version": "9.9"})
     save_file({"packed": torch.zeros(3)}, path, {"l2c": text})
-    with pytest.raises(ValueError, match=r"router format 2.*reads format 1.*l2c 9\.9"):
+    with pytest.raises(ValueError, match=r"router format 3.*reads format 2.*l2c 9\.9"):
+        l2c.Router.load(path)
+
+
+def test_a_file_of_the_first_format_is_refused_with_the_version_that_reads_it(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["l2c"])
+    for added in ("reuse", "budget"):
+        del described[added]
+    described["sites"] = [site[:2] for site in described["sites"]]
+    sign(path, json.dumps({**described, "format": 1, "version": "0.1.0"}))
+    with pytest.raises(
+        ValueError, match=r"router format 1, this .*reads format 2; .*l2c 0\.1\.0, install that one"
+    ):
         l2c.Router.load(path)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import l2c
-from tests.conftest import tiny_dit, tiny_uvit
+from l2c.backbone import Backbone
+from tests.conftest import blocks_of, tiny_dit, tiny_uvit
 
 
 def test_costs_follow_the_formula(dit: l2c.DiT) -> None:
@@ -20,6 +21,7 @@ def test_costs_follow_the_formula(dit: l2c.DiT) -> None:
             "mlp": 8 * width * width * tokens,
         }
         assert site.macs == expected[site.name.rpartition(".")[2]]
+        assert (site.shape, site.elements, site.channels) == ((tokens, width), 512, width)
     conditioning = 256 * width + width * width + 3 * 6 * width * width + 2 * width * width
     ends = patch * width * tokens + width * 2 * patch * tokens
     assert found.rest == conditioning + ends
@@ -54,6 +56,7 @@ def test_costs_of_a_uvit_follow_the_formula(depth: int, labels: int, extras: int
     attention, mlp = 4 * width * width * tokens + products, 8 * width * width * tokens
     assert [site.macs for site in found] == [attention, mlp] * (depth + 1)
     skips = depth // 2 * 2 * width * width * tokens
+    assert {site.shape for site in found} == {(tokens, width)}  # the extra tokens among them
     # The output is projected before the first tokens are left out.
     assert found.rest == skips + patch * width * 16 + width * patch * tokens
 
@@ -97,6 +100,24 @@ def test_counting_touches_neither_weights_nor_model(dit: l2c.DiT) -> None:
     l2c.sites(dit)
     assert all(torch.equal(value, before[name]) for name, value in dit.state_dict().items())
     assert "_l2c_attached" not in vars(dit)
+
+
+def test_shapes_are_those_of_the_outputs_of_one_sample(backbone: Backbone) -> None:
+    shapes = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape)))
+        for block in blocks_of(backbone)
+        for layer in (block.attn, block.mlp)
+    ]
+    backbone(torch.zeros(5, 3, 8, 8), torch.zeros(5), torch.zeros(5, dtype=torch.long))
+    for hook in hooks:
+        hook.remove()
+    assert [(5, *site.shape) for site in l2c.sites(backbone)] == shapes
+
+
+def test_a_site_without_a_shape_has_no_numbers_to_keep() -> None:
+    unknown = l2c.Site("blocks.0.attn", 5)
+    assert (unknown.elements, unknown.channels) == (0, 0)
 
 
 def test_unknown_models_are_refused_with_the_known() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -277,6 +279,7 @@ def in_log_snr(name: str, evaluations: int, noise: l2c.Noise) -> l2c.Schedule:
         ("dpm_solver_2 data", 3.5, 4.5),
         ("dpm_solver_2 noise", 3.5, 4.5),
         ("dpm_solver_pp_2m", 3.5, 4.5),
+        ("unipc", 4.5, 9.5),  # the corrector raises the order by one
     ],
 )
 def test_order_of_convergence(name: str, least: float, most: float, noise: l2c.Noise) -> None:
@@ -310,7 +313,7 @@ def multistep_scheduler(noise: l2c.Noise, spacing: str = "linspace") -> DPMSolve
     )
 
 
-def by_diffusers(scheduler: DPMSolverMultistepScheduler, x: Tensor, first: int) -> Tensor:
+def by_diffusers(scheduler: Any, x: Tensor, first: int) -> Tensor:
     for t in scheduler.timesteps:
         x = scheduler.step(predict(x, int(t) + first), t, x).prev_sample
     return x
@@ -341,6 +344,55 @@ def test_dpm_solver_pp_2m_in_log_snr_equals_diffusers_at_these_timesteps(
     schedule = l2c.Schedule.dpm_solver_pp_2m(evaluations, noise=noise)
     scheduler = multistep_scheduler(noise)
     scheduler.set_timesteps(timesteps=[int(t) - noise.first for t in schedule.timesteps])
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    # diffusers' noise levels are float32, ours float64
+    torch.testing.assert_close(
+        solve(schedule, x, predict), by_diffusers(scheduler, x, noise.first), rtol=1e-3, atol=1e-3
+    )
+
+
+def unipc_scheduler(noise: l2c.Noise, spacing: str = "linspace") -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(
+        beta_start=noise.start,
+        beta_end=noise.end,
+        beta_schedule=noise.betas,
+        solver_order=2,
+        solver_type="bh2",
+        predict_x0=True,
+        final_sigmas_type="zero",
+        timestep_spacing=spacing,
+        steps_offset=0,
+    )
+
+
+@pytest.mark.parametrize("noise", [DIT, UVIT], ids=["dit", "uvit"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 5, 10, 20, 50])
+def test_unipc_equals_diffusers(evaluations: int, spacing: str, noise: l2c.Noise) -> None:
+    schedule = l2c.Schedule.unipc(evaluations, spacing, noise)
+    scheduler = unipc_scheduler(noise, spacing)
+    scheduler.set_timesteps(evaluations)
+    assert [t - noise.first for t in schedule.timesteps] == scheduler.timesteps.tolist()
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    # diffusers' noise levels are float32, ours float64
+    torch.testing.assert_close(
+        solve(schedule, x, predict), by_diffusers(scheduler, x, noise.first), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("noise", [DIT, UVIT], ids=["dit", "uvit"])
+@pytest.mark.parametrize("evaluations", [2, 3, 10, 20])
+def test_unipc_in_log_snr_equals_diffusers_at_these_timesteps(
+    evaluations: int, noise: l2c.Noise
+) -> None:
+    schedule = l2c.Schedule.unipc(evaluations, noise=noise)
+    ids = [int(t) - noise.first for t in schedule.timesteps]
+    scheduler = unipc_scheduler(noise)
+    scheduler.set_timesteps(evaluations)
+    # It takes no list of timesteps; a step reads nothing but these two.
+    scheduler.timesteps = torch.tensor(ids)
+    sigmas = ((1 - noise.alphas_cumprod) / noise.alphas_cumprod)[ids].sqrt()
+    scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     # diffusers' noise levels are float32, ours float64
     torch.testing.assert_close(
@@ -381,6 +433,7 @@ SCHEDULES = [
     l2c.Schedule.dpm_solver_2(6, "log_snr", "noise"),
     l2c.Schedule.flow_euler(6, 2.0),
     l2c.Schedule.dpm_solver_pp_2m(6),
+    l2c.Schedule.unipc(6),
 ]
 
 
@@ -409,9 +462,9 @@ def test_one_step_solvers_go_on_from_the_middle(schedule: l2c.Schedule) -> None:
         assert all(torch.equal(a, b) for a, b in zip(later, seen[start:], strict=True))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES[5:], ids=str)
 @pytest.mark.parametrize("start", [1, 3, 5])
-def test_the_multistep_solver_starts_anew_without_history(start: int) -> None:
-    schedule = SCHEDULES[5]
+def test_multistep_solvers_start_anew_without_history(start: int, schedule: l2c.Schedule) -> None:
     rest = l2c.Schedule(schedule.solver, schedule.timesteps[start:], schedule.options)
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(run_from(schedule, x, start)[1], run_from(rest, x)[1])
@@ -435,7 +488,7 @@ def test_every_solver_evaluates_once_per_row(schedule: l2c.Schedule) -> None:
     assert tuple(asked) == schedule.timesteps
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm_solver_2", "dpm_solver_pp_2m"])
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver_2", "dpm_solver_pp_2m", "unipc"])
 def test_solvers_of_noise_refuse_a_flow(name: str) -> None:
     schedule = l2c.Schedule(name, (900, 500), {"prediction": "data"}, l2c.Flow())
     with pytest.raises(ValueError, match=f"{name} is for models that predict noise.*flow_euler"):

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 # Imported so that YAML can give these classes by their bare names as class_path.
+from train.budgeted import TrajectoryTraining
 from train.classifier import Classifier, ClassifierTraining
 from train.data import Images
 from train.diffusion import DiffusionTraining
@@ -19,7 +20,10 @@ from train.interrupt import Interrupt
 from train.module import RouterTraining
 from train.pairs import Pairs
 from train.progress import StepProgress
+from train.relaxation import Relaxation
 from train.teacher_samples import TeacherSamples
+from train.trajectories import Trajectories
+from train.trajectory import Trajectory
 
 __all__ = [
     "Classifier",
@@ -31,9 +35,13 @@ __all__ = [
     "Images",
     "Interrupt",
     "Pairs",
+    "Relaxation",
     "RouterTraining",
     "StepProgress",
     "TeacherSamples",
+    "Trajectories",
+    "Trajectory",
+    "TrajectoryTraining",
 ]
 
 

@@ -24,6 +24,8 @@ def gated(
     row: int = 0,
     history: int = 1,
     lazy: bool = False,
+    base: dict[int, Tensor] | None = None,
+    given: dict[int, Tensor] | None = None,
 ) -> Iterator[None]:
     """Evaluate a model with every site computed and its output mixed with a reused one.
 
@@ -42,28 +44,36 @@ def gated(
         row: The evaluation.
         history: How many outputs of a site are kept.
         lazy: Do not compute what has weight 0; its weight then gets no gradient.
+        base: Outputs to which those of this call are kept and predicted relatively.
+        given: Filled with this call's outputs, to be another call's `base`.
     """
     hard = None if weights is None else weights.detach().tolist()
 
     def wrap_site(index: int, call: Call) -> Call:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            kept = outputs.setdefault(index, [])
-            if weights is None or hard is None:
-                fresh: Tensor = call(*args, **kwargs)
-                outputs[index] = [(row, fresh), *kept][:history]
-                return fresh
+        def mixed(kept: list[tuple[int, Tensor]]) -> Tensor:
+            if not kept:
+                raise KeyError(f"site {index} has no output to reuse")
             sources = [source for source, _ in kept]
             numbers = mixture(index, sources) if mixture else Mixture((1.0,))
-            if lazy and hard[index] == 0:
-                return numbers.apply([output for _, output in kept])
-            fresh = call(*args, **kwargs)
-            weight = weights[index].to(fresh.dtype)
-            if not lazy or hard[index] != 1 or weights.requires_grad:
-                reused = numbers.apply([output for _, output in kept]) if kept else fresh
-                fresh = weight * fresh + (1 - weight) * reused
-            if hard[index] > 0:
-                outputs[index] = [(row, fresh), *kept][:history]
-            return fresh
+            reused = numbers.to(kept[0][1]).apply([output for _, output in kept])
+            return reused if base is None else reused + base[index]
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            kept = outputs.setdefault(index, [])
+            weight = 1 if hard is None else hard[index]
+            if lazy and weight == 0:
+                out = mixed(kept)
+            else:
+                out = call(*args, **kwargs)
+                if weights is not None and not (lazy and weight == 1):
+                    soft = weights[index].to(out.dtype)
+                    out = soft * out + (1 - soft) * mixed(kept)
+            if weight > 0:
+                new = out if base is None else out - base[index]
+                outputs[index] = [(row, new), *kept][:history]
+            if given is not None:
+                given[index] = out
+            return out
 
         return run
 

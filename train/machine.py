@@ -39,6 +39,16 @@ def described(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """What a router was trained with, for its file."""
+    return {
+        "torch": str(torch.__version__),
+        "lightning": version("lightning"),
+        "l2c": l2c.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def module() -> str:
     """Name of the running module, as given to `python -m`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-import l2c
 from l2c.plan import Plan
 from l2c.router import Router
 from l2c.sampling import initial_latents, latent_shape, sample
@@ -18,6 +16,7 @@ from l2c.site import sites
 from train.data import Batch
 from train.diffusion import OptimizerFactory
 from train.frozen import Frozen
+from train.machine import versions
 from train.pairs import Pairs
 from train.seeding import batches_done, generator
 
@@ -210,10 +209,7 @@ class RouterTraining(L.LightningModule):
             "backbone": self.frozen.path,
             "clamp": self.clamp,
             "seed": self.seed,
-            "torch": str(torch.__version__),
-            "lightning": str(L.__version__),
-            "l2c": l2c.__version__,
-            "python": platform.python_version(),
+            **versions(),
         }
         if self._trainer is not None:
             optimizer = self.optimizers()
