@@ -96,9 +96,7 @@ class Distances:
         Over all pairs, where the published estimate draws subsets.
         """
         fake = features.to(self.real)
-        return (
-            self._within_real + _kernel_mean(fake, fake) - 2 * _kernel_mean(fake, self.real)
-        )
+        return self._within_real + _kernel_mean(fake, fake) - 2 * _kernel_mean(fake, self.real)
 
     def precision_recall(self, features: Tensor) -> tuple[float, float]:
         """Precision and recall of manifolds (Kynkaanniemi et al. 2019, eq. 1 and 2, k = 3).
@@ -110,7 +108,8 @@ class Distances:
         fake, real = features[:count].to(self.real), self.real[:count]
         if count not in self._radii:
             self._radii[count] = _radii(real)
-        return _share_within(fake, real, self._radii[count]), _share_within(real, fake, _radii(fake))
+        precision = _share_within(fake, real, self._radii[count])
+        return precision, _share_within(real, fake, _radii(fake))
 
 
 def _kernel_mean(x: Tensor, y: Tensor) -> float:
@@ -206,9 +205,7 @@ class LiteFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features [B, 1280] of images [B, 1 or 3, H, W]."""
         colour = images.expand(-1, 3, -1, -1)
-        large = F.interpolate(
-            colour, (self.size, self.size), mode="bicubic", align_corners=False
-        )
+        large = F.interpolate(colour, (self.size, self.size), mode="bicubic", align_corners=False)
         features: Tensor = self.model(((large + 1) * 127.5 - 127) / 128)
         return features
 

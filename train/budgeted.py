@@ -240,12 +240,12 @@ class TrajectoryTraining(L.LightningModule):
         return min(1.0, within(bare, decided, self.budget, self.costs).share + 1e-9)
 
     def numbers(self, row: int, site: int, sources: list[int]) -> Mixture:
-        """How a reused output is formed, differentiable in what is learned."""
+        """How a reused output of a row is formed of evaluations' outputs, differentiable."""
         correction = self.corrections[row, site] if self.corrections.requires_grad else None
         shift = None
         if self.shift.requires_grad:
             shift = self.shift[row, site] * self.scales.to(self.shift)[site]
-        return mixture(self.rule.kind, row, sources, correction, shift)
+        return mixture(self.rule.kind, row // self.streams, sources, correction, shift)
 
     # --- training ---
 
