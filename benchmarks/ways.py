@@ -291,7 +291,11 @@ def training_seconds(provenance: Mapping[str, Any]) -> float | None:
 
 
 def cache_mib(plan: Plan | None, images: int, guidance_scale: float) -> float:
-    """MiB of kept outputs for so many images, guidance in one batch, in float32."""
+    """MiB of kept outputs for so many images, in float32.
+
+    Guidance takes one call of twice the images, or of a plan with two streams two calls.
+    """
     if plan is None:
         return 0.0
-    return plan.cache_bytes(images * (2 if guidance_scale != 1.0 else 1), torch.float32) / 2**20
+    twice = guidance_scale != 1.0 and plan.streams == 1
+    return plan.cache_bytes(images * (2 if twice else 1), torch.float32) / 2**20

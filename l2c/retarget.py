@@ -20,6 +20,7 @@ from l2c.noise import Noise
 from l2c.plan import Plan
 from l2c.router import Router
 from l2c.schedule import Schedule
+from l2c.site import Sites
 
 # What provenance tells of samples by the old schedule.
 MEASURED = (
@@ -39,9 +40,9 @@ def retarget(router: Router, schedule: Schedule) -> Router:
     Scores, corrections and shift are interpolated linearly between the nearest evaluations before
     and after that treat the site alike, computing or reusing it. Corrections are relative to an
     extrapolation over distances, so they need no scaling. A router with a threshold gets the share
-    of its plan as its budget; a budget that is below what always computes is raised to that.
-    Evaluations that always computed are spread like computations, and those that were never trained
-    count as such.
+    of its plan as its budget; a budget is raised where what always computes, or forming what is
+    reused, takes more than before. Evaluations that always computed are spread like computations,
+    and those that were never trained count as such.
 
     Args:
         router: The router.
@@ -56,9 +57,10 @@ def retarget(router: Router, schedule: Schedule) -> Router:
     old = _Run(router.schedule, router.streams, len(router.sites))
     new = _Run(schedule, router.streams, len(router.sites))
     decided = old.folded(router.gated & (router.updates != 0))
-    table = old.folded(_whole(torch.tensor(plan.compute)))
+    before = torch.tensor(plan.compute)
+    table = old.folded(_whole(before))
     always = _always(old, new, decided)
-    compute = _computed(router, plan.share, old, new, table, always)
+    compute = _computed(router.sites, old, new, old.folded(before), table, always)
 
     between = _Between(old, new, decided, always, table, compute)
     scores = old.folded(router.scores)
@@ -167,23 +169,25 @@ def _always(old: _Run, new: _Run, decided: Tensor) -> Tensor:
 
 
 def _computed(
-    router: Router, share: float, old: _Run, new: _Run, table: Tensor, always: Tensor
+    sites: Sites, old: _Run, new: _Run, compute: Tensor, table: Tensor, always: Tensor
 ) -> Tensor:
-    """What is computed in the new run to keep to a share, [evaluation, column]."""
+    """What is computed in the new run to keep to the old share, [evaluation, column].
+
+    The cost of forming what is reused is left out: it must not move whole evaluations.
+    """
     rates = _rates(table, old.first)
     here = rates[old.nearest(new)]
-    corrections = None
-    if router.reuse.learned:  # these cost as much
-        rows = len(new) * new.streams
-        corrections = torch.zeros(rows, new.sites, router.reuse.order + 1, 1)
-    rule = dataclasses.replace(router.reuse, corrections=corrections, shift=None)
+
+    def share(run: _Run, chosen: Tensor) -> float:
+        return Plan.of(run.unfolded(chosen), sites, streams=run.streams).share
+
+    kept = share(old, compute)
 
     def spread(factor: float) -> Tensor:
         return _spread((here * factor).clamp(max=1), always, new.first)
 
-    def room(compute: Tensor) -> float:
-        rows = new.unfolded(compute)
-        return share - Plan.of(rows, router.sites, rule, router.streams).share
+    def room(now: Tensor) -> float:
+        return kept - share(new, now)
 
     found = spread(1.0)
     if 0 <= room(found) < 1 / len(new):

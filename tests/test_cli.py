@@ -9,11 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import l2c
 from l2c.cli import main
+from l2c.profile import Profile
+from l2c.reuse import Reuse
 from tests.conftest import make_router, tiny_dit
+
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
 
 @pytest.fixture
@@ -22,7 +27,9 @@ def router_file(router: l2c.Router, tmp_path: Path) -> Path:
     return tmp_path / "router.safetensors"
 
 
-@pytest.mark.parametrize("command", [[], ["show"], ["sample"], ["convert"]])
+@pytest.mark.parametrize(
+    "command", [[], ["show"], ["sample"], ["convert"], ["profile"], ["retarget"]]
+)
 def test_help_does_not_wait_for_pytorch(command: list[str]) -> None:
     code = f"""
 import sys
@@ -178,3 +185,165 @@ def test_sample_refuses_a_router_of_other_weights(
     arguments = ["sample", str(tmp_path / "other.safetensors"), "--model", str(dit_folder)]
     assert main([*arguments, "--out", str(tmp_path / "samples.png")]) == 1
     assert "weights: expected" in capsys.readouterr().err
+
+
+def measured_provenance() -> dict[str, object]:
+    return {
+        "seed": 3,
+        "measured": [
+            {"budget": 0.5, "share": 0.491, "mse": 0.00123456},
+            {"budget": 0.75, "share": 0.7499, "mse": 0.0001, "predicted": 0.00011},
+        ],
+        "soft_error": 0.02,
+        "hard_error": 0.03,
+        "predicted_error": 0.04,
+        "measured_error": 0.02,
+    }
+
+
+def test_show_diagnoses_a_router(
+    dit: l2c.DiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six evaluations: attention is computed in the first and the fifth, MLPs in every second."""
+    schedule = l2c.Schedule.ddim(6)
+    sites = l2c.sites(dit)
+    kinds = [site.name.endswith("attn") for site in sites]
+    scores = torch.tensor(
+        [[row == 4 if attention else row % 2 == 0 for attention in kinds] for row in range(6)]
+    ).float()
+    gated = torch.arange(6) > 0
+    router = make_router(
+        dit,
+        schedule,
+        scores=scores,
+        gated=gated,
+        updates=gated * 2,
+        reuse=Reuse("taylor", 1),
+        provenance=measured_provenance(),
+    )
+    path = tmp_path / "router.safetensors"
+    router.save(path)
+    assert main(["show", str(path)]) == 0
+    text = capsys.readouterr().out
+    lines = dict(line.strip().split("  ", 1) for line in text.splitlines() if "  " in line.strip())
+    assert lines["rule"] == "taylor-1"
+    # Ages 1, 2, 3 and 1 of attention, three times 1 of MLPs.
+    assert lines["cache age"] == "attn 1.8 on average, 3 at most; mlp 1.0 on average, 1 at most"
+    # Two outputs of [16 tokens, 32 channels] in float32 for each of six sites.
+    assert lines["cache"] == f"{12 * 16 * 32 * 4 / 2**20:.2f} MiB per sample in float32"
+    assert lines["soft and hard"] == "error 0.02, then 0.03, 1.50 times as much"
+    assert lines["predicted and measured"] == "error 0.04, then 0.02, 0.50 times as much"
+    assert "never trained" not in lines
+    assert (
+        "measured\n"
+        "budget  share       mse  predicted\n"
+        " 50.0%  49.1%  0.001235          -\n"
+        " 75.0%  75.0%    0.0001    0.00011\n"
+    ) in text
+
+    assert main(["show", str(path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["reuse"] == {
+        "kind": "taylor",
+        "order": 1,
+        "corrected": False,
+        "shifted": False,
+        "relative": False,
+    }
+    assert shown["cache_bytes"] == router.plan().cache_bytes() == 12 * 16 * 32 * 4
+    assert shown["ages"]["attn"] == {"mean": 7 / 4, "largest": 3}
+    assert [site["largest_age"] for site in shown["sites"]] == [3, 1] * 3
+    assert shown["never_trained"] == []
+    assert shown["threshold"] == 0.5 and shown["budget"] is None
+    assert shown["provenance"]["measured"] == measured_provenance()["measured"]
+
+
+def test_show_names_evaluations_that_were_never_trained(
+    dit: l2c.DiT, schedule: l2c.Schedule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "router.safetensors"
+    make_router(dit, schedule, updates=torch.tensor([0, 7, 0, 0, 0, 0])).save(path)
+    with pytest.warns(UserWarning, match="evaluations 3, 5 were never trained"):
+        assert main(["show", str(path)]) == 0
+    assert "never trained  evaluations 3, 5\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(CHECKPOINTS.glob("*.safetensors")), ids=lambda p: p.stem)
+def test_show_reads_what_is_shipped(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "MiB per sample" in text and "on average" in text
+
+
+def test_show_and_sample_keep_to_a_budget_of_macs_or_time(
+    router: l2c.Router,
+    router_file: Path,
+    dit_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "profile.json"
+    assert main(["profile", str(dit_folder), "--out", str(out), "--batch", "2", "--runs", "1"]) == 0
+    assert f"wrote {out}" in capsys.readouterr().out
+    profile = Profile.load(out)
+    assert profile.batch == 2
+    costs = profile.sites(router.sites)
+    # So much for all sites outside of all gates, with half of the rest.
+    budget = (1 + within_gates(router, costs)) / 2
+    show = ["show", str(router_file), "--budget", str(budget), "--json"]
+    assert main([*show, "--profile", str(out)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    plan = router.plan(budget=budget, costs=costs)
+    assert shown["compute"] == [[int(c) for c in row] for row in plan.compute]
+    assert shown["budget"] == budget and shown["threshold"] is None
+    assert shown["time"]["share"] <= budget
+    assert shown["time"]["speedup"] == pytest.approx(1 / shown["time"]["share"])
+    assert main(["show", str(router_file), "--profile", str(out)]) == 0
+    assert "x predicted speed-up" in capsys.readouterr().out
+
+    picture = tmp_path / "samples.png"
+    sample = ["sample", str(router_file), "--model", str(dit_folder), "--out", str(picture)]
+    assert main([*sample, "--labels", "1", "--budget", str(budget), "--profile", str(out)]) == 0
+    assert picture.exists()
+    capsys.readouterr()
+    assert main([*sample, "--profile", str(out)]) == 1
+    assert main(["show", str(router_file), "--budget", "0.1"]) == 1
+    assert main(["show", str(router_file), "--budget", "0.8", "--threshold", "0.5"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "give --budget" in lines[0]
+    assert "a budget of 0.100 is below" in lines[1]
+    assert "a threshold or a budget, got both" in lines[2]
+
+
+def within_gates(router: l2c.Router, costs: l2c.Sites) -> float:
+    """Share of the cost that is left when all gates are closed."""
+    open_rows = int((~router.gated).sum())
+    return (len(router.gated) * costs.rest + open_rows * (costs.macs - costs.rest)) / (
+        len(router.gated) * costs.macs
+    )
+
+
+def test_retarget_writes_a_router_for_another_schedule(
+    router: l2c.Router, router_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new.safetensors"
+    arguments = ["retarget", str(router_file), str(out)]
+    assert main([*arguments, "--evaluations", "12"]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {out}\n")
+    made = l2c.Router.load(out)
+    assert made.schedule == l2c.Schedule.ddim(12)
+    assert made.plan() == router.retarget(l2c.Schedule.ddim(12)).plan()
+    assert main(["show", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "retargeted  from ddim with 6 evaluations, spacing linspace\n" in text
+    assert f"budget  {router.plan().share:g} of the MACs\n" in text
+    assert main([*arguments, "--solver", "dpm_solver_pp_2m", "--spacing", "trailing"]) == 0
+    assert l2c.Router.load(out).schedule == l2c.Schedule.dpm_solver_pp_2m(6, "trailing")
+    capsys.readouterr()
+    for wrong in (["--solver", "flow_euler"], ["--solver", "euler"], ["--evaluations", "1"]):
+        assert main([*arguments, *wrong]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "flow_euler is for rectified flows" in lines[0]
+    assert "unknown solver 'euler'" in lines[1]
+    assert "at least 2 evaluations" in lines[2]

@@ -120,15 +120,6 @@ def test_a_weight_mixes_fresh_and_reused_output(backbone: Backbone) -> None:
     assert torch.equal(only(outputs)[0], 0.25 * fresh + 0.75 * only(stale)[0])
 
 
-def test_with_nothing_kept_everything_is_computed_whatever_the_weights(backbone: Backbone) -> None:
-    weights = torch.tensor([0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
-    outputs: Outputs = {}
-    with torch.no_grad(), gated(backbone, outputs, weights):
-        result = backbone(*inputs())
-    assert torch.equal(result, backbone(*inputs()))
-    assert sorted(index for index, kept in outputs.items() if kept) == [1, 2, 3, 4, 5]
-
-
 def test_the_newest_outputs_are_kept_as_many_as_asked_for(backbone: Backbone) -> None:
     outputs: Outputs = {}
     with torch.no_grad():
@@ -161,7 +152,7 @@ def test_lazy_gates_compute_only_what_is_open(backbone: Backbone) -> None:
     assert torch.equal(*results)
 
 
-def test_lazy_gates_have_a_gradient_where_they_are_open(backbone: Backbone) -> None:
+def test_lazy_gates_have_a_gradient_where_they_are_mixed(backbone: Backbone) -> None:
     outputs = recorded(backbone, inputs(seed=1))
     gradients = []
     for lazy in (True, False):
@@ -169,10 +160,9 @@ def test_lazy_gates_have_a_gradient_where_they_are_open(backbone: Backbone) -> N
         with gated(backbone, dict(outputs), weights, lazy=lazy):
             backbone(*inputs()).square().sum().backward()
         gradients.append(weights.grad)
-    opened = torch.tensor([False, True, True, False, True, False])
-    assert torch.equal(gradients[0][opened], gradients[1][opened])
+    assert torch.equal(gradients[0][2], gradients[1][2])
     assert bool((gradients[1] != 0).all())
-    assert not bool(gradients[0][~opened].any())
+    assert gradients[0].nonzero().flatten().tolist() == [2]
 
 
 # --- gradients ---
@@ -260,9 +250,11 @@ def test_model_is_restored_at_the_end(backbone: Backbone) -> None:
 
 def test_model_is_restored_after_an_error(backbone: Backbone) -> None:
     expected = backbone(*inputs())
-    with pytest.raises(IndexError), gated(backbone, {}, torch.zeros(6), lazy=True):
-        backbone(*inputs())  # nothing was recorded that could be reused
-    assert_untouched(backbone, inputs(), expected)
+    for weight, lazy in ((0.5, False), (0.5, True), (0.0, True)):
+        weights = torch.full((6,), weight)
+        with pytest.raises(KeyError), gated(backbone, {}, weights, lazy=lazy):
+            backbone(*inputs())  # nothing was recorded that could be mixed
+        assert_untouched(backbone, inputs(), expected)
     with pytest.raises(ZeroDivisionError), gated(backbone, {}, None):
         raise ZeroDivisionError
     assert_untouched(backbone, inputs(), expected)

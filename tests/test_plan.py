@@ -80,6 +80,45 @@ def test_rows_compute_all_or_nothing() -> None:
         l2c.Plan.rows([1, 2], 3, SITES)
 
 
+SHAPED = l2c.Sites(tuple(l2c.Site(s.name, s.macs, (2, 3)) for s in SITES), SITES.rest)
+
+
+@pytest.mark.parametrize(
+    ("reuse", "macs"),
+    [
+        (Reuse(), (200, 90, 120, 40)),  # copies cost nothing
+        (Reuse("taylor", 1), (200, 90, 120 + 12, 40 + 12 + 12 + 0 + 12)),
+        (Reuse("newton", 2), (200, 90, 120 + 12, 40 + 12 + 12 + 0 + 12)),
+        (Reuse(shift=torch.zeros(4, 4, 3)), (200, 90 + 18, 120 + 12, 40 + 4 * 6)),
+        (
+            Reuse("taylor", 1, torch.zeros(4, 4, 2, 1)),
+            (200, 90 + 18, 120 + 6 + 12, 40 + 12 + 12 + 6 + 12),
+        ),
+    ],
+    ids=str,
+)
+def test_a_combination_costs_one_per_number_and_output_that_it_is_formed_from(
+    reuse: Reuse, macs: tuple[int, ...]
+) -> None:
+    """6 numbers in an output; what is formed from one output alone, unlearned, is a copy."""
+    plan = l2c.Plan.of([*TABLE, [0, 0, 0, 0]], SHAPED, reuse)
+    assert plan.macs == macs
+    assert plan.shares == tuple(m / 200 for m in macs)
+    assert plan.share == pytest.approx(sum(macs) / 800)
+
+
+def test_bytes_are_those_of_the_outputs_that_are_still_read() -> None:
+    table = [[1, 1, 1, 1], [0, 1, 0, 0], [1, 0, 0, 1]]
+    # Kept at evaluation 0: sites 0, 2 and 3. In evaluation 1 the first goes before another comes.
+    assert l2c.Plan.of(table, SHAPED).cache_bytes() == 3 * 6 * 4
+    assert l2c.Plan.of(table, SHAPED).cache_bytes(5, torch.bfloat16) == 3 * 6 * 5 * 2
+    # With two outputs each, site 1's of evaluation 0 is kept as well, and its next beside it.
+    assert l2c.Plan.of(table, SHAPED, Reuse("taylor", 1)).cache_bytes() == 4 * 6 * 4
+    assert l2c.Plan.full(3, SHAPED).cache_bytes() == 0
+    every = [l2c.Plan.every(2, 7, SHAPED, Reuse(*rule)) for rule in (("copy",), ("newton", 2))]
+    assert [plan.cache_bytes() for plan in every] == [4 * 6 * 4, 3 * 4 * 6 * 4]
+
+
 def test_full_and_every() -> None:
     assert l2c.Plan.full(3, SITES).share == 1
     every = l2c.Plan.every(3, 7, SITES)

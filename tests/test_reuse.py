@@ -426,7 +426,9 @@ def test_execution_is_the_model_with_outputs_by_the_formula(
     torch.testing.assert_close(executed(backbone, plan), expected, rtol=1e-4, atol=2e-5)
     copied = executed(backbone, random_plan(backbone, Reuse(), seed=1))
     if reuse != Reuse():
-        assert max(float((a - b).abs().max()) for a, b in zip(copied, expected, strict=True)) > 0.005
+        assert (
+            max(float((a - b).abs().max()) for a, b in zip(copied, expected, strict=True)) > 0.005
+        )
 
 
 # --- the differentiable twin ---
@@ -437,7 +439,6 @@ def mixed(
     plan: l2c.Plan,
     given: list[Inputs],
     lazy: bool,
-    first: Tensor | None = None,
     reuse: Reuse | None = None,
 ) -> list[Tensor]:
     """The plan's evaluations by gates of 0 and 1."""
@@ -445,7 +446,7 @@ def mixed(
     rule_of = reuse or plan.reuse
     results = []
     for row, at in enumerate(given):
-        weights = torch.tensor(plan.compute[row], dtype=torch.float32) if row else first
+        weights = torch.tensor(plan.compute[row], dtype=torch.float32) if row else None
 
         def numbers(site: int, sources: list[int], row: int = row) -> Mixture:
             return rule_of.mixture(row, site, sources)
@@ -460,13 +461,12 @@ def mixed(
 def test_gates_of_0_and_1_are_the_executor_bit_by_bit(
     backbone: Backbone, reuse: Reuse, lazy: bool
 ) -> None:
-    for seed in range(3):
+    for seed in range(2):
         plan = random_plan(backbone, reuse, seed)
         expected = executed(backbone, plan)
-        for first in (None, torch.ones(6)):
-            with torch.no_grad():
-                found = mixed(backbone, plan, inputs(), lazy, first)
-            assert all(map(torch.equal, found, expected))
+        with torch.no_grad():
+            found = mixed(backbone, plan, inputs(), lazy)
+        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -514,9 +514,10 @@ def binary(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randint(-1000, 1000, shape, generator=g, dtype=torch.float64) * 2**-12
 
 
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("width", [1, 32])
-@pytest.mark.parametrize("kind", ["taylor", "newton"])
+@pytest.mark.parametrize(
+    ("kind", "width", "soft"),
+    [("taylor", 32, False), ("newton", 1, False), ("taylor", 1, True), ("newton", 32, True)],
+)
 def test_gradients_of_what_is_learned_agree_with_finite_differences(
     backbone: Backbone, kind: str, width: int, soft: bool
 ) -> None:
@@ -555,9 +556,9 @@ def test_gradients_of_what_is_learned_agree_with_finite_differences(
     # The coefficients are formed in float32; these numbers and steps are exact in it.
     step = 2**-12
     for which, gradient in enumerate(gradients):
-        for draw in range(3):
+        for density in (1.0, 0.1):
             signs = torch.randint(0, 2, gradient.shape, generator=g).double() * 2 - 1
-            signs *= torch.rand(gradient.shape, generator=g) < (1.0, 0.5, 0.1)[draw]
+            signs *= torch.rand(gradient.shape, generator=g) < density
             with torch.no_grad():
                 ends = []
                 for sign in (1, -1):
@@ -621,15 +622,16 @@ def test_only_outputs_that_are_read_again_are_kept(
         assert not any(kept for outputs in cache.streams for kept in outputs.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize(
+    ("streams", "dtype"), [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16)]
+)
 @pytest.mark.parametrize("reuse", [Reuse(), *ALL[2:4], *LEARNED[:2]], ids=told)
 def test_cache_bytes_are_those_that_are_held(
     backbone: Backbone, reuse: Reuse, streams: int, dtype: torch.dtype
 ) -> None:
     """Measured after every sub-layer: the memory that the cache's tensors keep alive."""
     model = backbone.to(dtype)
-    for seed in range(3):
+    for seed in range(2):
         plan = random_plan(model, reuse, seed)
         measured = []
         with torch.no_grad(), l2c.cached(model, plan, streams) as cache:

@@ -9,6 +9,7 @@ import torch
 
 import l2c
 from l2c.identity import Identity, fingerprint
+from l2c.reuse import Reuse
 from tests.conftest import make_router, tiny_dit
 
 
@@ -34,6 +35,136 @@ def test_untrained_gates_compute_and_warn(dit: l2c.DiT, schedule: l2c.Schedule) 
     with pytest.warns(UserWarning, match="evaluations 3 were never trained"):
         plan = router.plan(1.0)
     assert [all(row) for row in plan.compute] == [True, False, True, True, True, False]
+
+
+# --- budgets ---
+
+RULES = [
+    Reuse(),
+    Reuse("taylor", 2),
+    Reuse("newton", 1, torch.zeros(6, 6, 2, 1)),
+    Reuse(shift=torch.zeros(6, 6, 32)),
+]
+
+
+def candidates(router: l2c.Router) -> list[l2c.Plan]:
+    """All plans that compute what scores highest, ties together, the cheapest first."""
+    scores = sorted({*router.scores[router.gated].flatten().tolist(), 2.0}, reverse=True)
+    return [
+        l2c.Plan.of(~router.gated[:, None] | (router.scores >= s), router.sites, router.reuse)
+        for s in scores
+    ]
+
+
+@pytest.mark.parametrize("reuse", RULES, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_budget_is_kept_to_and_used(
+    dit: l2c.DiT, schedule: l2c.Schedule, reuse: Reuse, tied: bool
+) -> None:
+    router = make_router(dit, schedule, reuse=reuse)
+    if tied:
+        router = dataclasses.replace(router, scores=(router.scores * 4).round() / 4)
+    plans = candidates(router)
+    assert len(plans) == (6 if tied else 19)
+    least = plans[0].share
+    for budget in (least, *torch.linspace(least + 1e-3, 1, 40).tolist(), 1.0):
+        plan = router.plan(budget=budget)
+        assert plan.share <= budget
+        assert plan == [candidate for candidate in plans if candidate.share <= budget][-1]
+        assert plan.reuse == reuse
+    for plan in plans:
+        assert router.plan(budget=plan.share) == plan  # to the last bit
+    assert router.plan(budget=1.0) == l2c.Plan.of(torch.ones(6, 6), router.sites, reuse)
+    with pytest.raises(
+        ValueError, match=f"budget of 0.010 is below {least:.3f} of the compute.*give more"
+    ):
+        router.plan(budget=0.01)
+
+
+def test_one_expensive_output_ends_it_whatever_cheaper_ones_follow(
+    dit: l2c.DiT, schedule: l2c.Schedule
+) -> None:
+    """An MLP costs more than attention: the next in order waits, it is not skipped."""
+    scores = torch.zeros(6, 6)
+    scores[1] = torch.tensor([0.2, 0.9, 0.3, 0.8, 0.4, 0.7])
+    router = make_router(dit, schedule, scores=scores)
+    attention, mlp = (router.sites[i].macs for i in (0, 1))
+    assert attention < mlp
+    needed = router.plan(1.0).share
+    whole = 6 * router.sites.macs
+    plan = router.plan(budget=needed + (2.5 * mlp) / whole)
+    assert attention < 0.5 * mlp + attention
+    assert plan.compute[1] == (False, True, False, True, False, False)
+    assert plan.reused == 16
+
+
+def test_the_budget_that_it_was_trained_to_is_kept_to(router: l2c.Router) -> None:
+    trained = dataclasses.replace(router, budget=0.8)
+    assert trained.plan() == router.plan(budget=0.8) != router.plan()
+    assert trained.plan(budget=0.9) == router.plan(budget=0.9) != trained.plan()
+    assert trained.plan(0.3) == router.plan(0.3)
+    assert trained.plan(threshold=0.3) == router.plan(0.3)
+    with pytest.raises(ValueError, match="a threshold or a budget, got both"):
+        trained.plan(0.5, budget=0.5)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.1, float("nan")])
+def test_budgets_without_meaning(router: l2c.Router, budget: float) -> None:
+    with pytest.raises(ValueError, match=r"budget in \(0, 1\], got"):
+        router.plan(budget=budget)
+    with pytest.raises(ValueError, match=r"budget in \(0, 1\], got"):
+        dataclasses.replace(router, budget=budget)
+
+
+@pytest.mark.parametrize("reuse", RULES, ids=str)
+def test_a_budget_of_other_costs(dit: l2c.DiT, schedule: l2c.Schedule, reuse: Reuse) -> None:
+    """As of a device on which attention takes ten times the MLP; there reuse is free."""
+    router = make_router(dit, schedule, reuse=reuse)
+    prices = [1000, 100] * 3
+    listed = [
+        dataclasses.replace(site, macs=price)
+        for site, price in zip(router.sites, prices, strict=True)
+    ]
+    costs = l2c.Sites(tuple(listed), rest=50)
+
+    def share(plan: l2c.Plan) -> float:
+        spent = (torch.tensor(plan.compute) * torch.tensor(prices)).sum()
+        return float(spent + 6 * 50) / (6 * 3350)
+
+    plans = candidates(router)
+    for budget in torch.linspace(0.55, 1, 30).tolist():
+        plan = router.plan(budget=budget, costs=costs)
+        assert plan == [candidate for candidate in plans if share(candidate) <= budget][-1]
+        assert plan.sites == router.sites
+    assert any(router.plan(budget=b, costs=costs) != router.plan(budget=b) for b in (0.6, 0.7, 0.8))
+    stored = dataclasses.replace(router, budget=0.7)
+    assert stored.plan(costs=costs) == router.plan(budget=0.7, costs=costs)
+    with pytest.raises(ValueError, match="budget of 0.500 is below 0.507 of the compute"):
+        router.plan(budget=0.5, costs=costs)
+    with pytest.raises(ValueError, match="costs of the router's 6 sites, got 2 others"):
+        router.plan(budget=0.5, costs=l2c.Sites(costs.sites[:2], 50))
+
+
+def test_untrained_gates_compute_within_a_budget_too(dit: l2c.DiT, schedule: l2c.Schedule) -> None:
+    router = make_router(dit, schedule, updates=torch.tensor([0, 7, 0, 0, 0, 7]), budget=0.8)
+    with pytest.warns(UserWarning, match="evaluations 3 were never trained.*whatever the budget"):
+        plan = router.plan()
+    assert all(plan.compute[3])
+    assert plan.share <= 0.8
+    assert plan.reused > 0
+
+
+@pytest.mark.parametrize(
+    ("reuse", "message"),
+    [
+        (Reuse("taylor", 1, torch.zeros(5, 6, 2, 32)), "corrections for 6 evaluations and 6 sites"),
+        (Reuse("taylor", 1, torch.zeros(6, 6, 2, 31)), r"corrections of 1 channel or .*got 31"),
+        (Reuse(shift=torch.zeros(6, 5, 32)), r"shift for 6 .*got \(6, 5\)"),
+    ],
+)
+def test_learned_parts_of_another_shape(router: l2c.Router, reuse: Reuse, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(router, reuse=reuse)
 
 
 def test_check_accepts_what_it_was_trained_for(router: l2c.Router, dit: l2c.DiT) -> None:

@@ -43,6 +43,9 @@ class TrajectoryTraining(L.LightningModule):
         solver_options: Further options of the solver.
         budget: Share of the compute to keep to, in (0, 1].
         speedup: In place of a budget, 1 over it.
+        family: Two shares; every second step is trained at a budget drawn between them, so that
+            `Router.plan(budget=)` of this one router serves them all.
+        measure: Budgets at which the error is measured when training ends, for the router's file.
         profile: File of `l2c profile`, to count the budget in this device's measured time; by
             default it is counted in multiply-accumulates.
         objective: What is minimised.
@@ -75,6 +78,8 @@ class TrajectoryTraining(L.LightningModule):
         solver_options: dict[str, Any] | None = None,
         budget: float | None = None,
         speedup: float | None = None,
+        family: tuple[float, float] | None = None,
+        measure: list[float] | None = None,
         profile: str | None = None,
         objective: Trajectory | None = None,
         reuse: str = "newton-2",
@@ -105,6 +110,10 @@ class TrajectoryTraining(L.LightningModule):
         options = {"noise": self.frozen.model.noise, **(solver_options or {})}
         self.schedule = Schedule.of(solver, evaluations, **options)
         self.budget = float(1 / speedup if speedup is not None else budget or 0)
+        if family is not None and not 0 < family[0] <= family[1] <= 1:
+            raise ValueError(f"expected a family 0 < low <= high <= 1, got {family}")
+        self.family = family
+        self.measure = measure or []
         self.costs: Sites = self.sites
         if profile is not None:
             from l2c.profile import Profile
@@ -139,7 +148,7 @@ class TrajectoryTraining(L.LightningModule):
         self.updates = torch.zeros(rows, dtype=torch.long)
         self.evaluated = 0  # model evaluations of one sample each, forward
         self.seconds = 0.0
-        self.measured: dict[str, float] = {}
+        self.measured: list[dict[str, float]] = []
         self.validated: Router | None = None
         self._importance: Tensor | None = None
         self.plan()  # a budget that is too small is refused here
@@ -234,7 +243,7 @@ class TrajectoryTraining(L.LightningModule):
             self.sites,
             self.schedule,
             self.frozen.identity,
-            reuse=self.rule,
+            reuse=self.reuse(),
             streams=self.streams,
         )
         return min(1.0, within(bare, decided, self.budget, self.costs).share + 1e-9)
@@ -279,14 +288,17 @@ class TrajectoryTraining(L.LightningModule):
         """Measure how large each output is, and search for a start, if that is wanted."""
         if self.updates.any():  # resumed
             return
-        batch = self._moved(
-            self.trainer.datamodule.first(max(16, self.trainer.datamodule.batch_size))
-        )
+        data = self.trainer.datamodule
+        if not hasattr(data, "first"):
+            raise ValueError(WRONG_DATA)
+        batch = self._moved(data.first(max(16, data.batch_size)))
+        self._check(batch)
         model, schedule = self.frozen.model, self.schedule
         outputs: Outputs = {}
         labels = self.objective.labels(model, batch["labels"])
         with torch.no_grad(), gated(model, outputs, None):
             self.objective.predict(model, batch["latents"], schedule.timesteps[-1], labels)
+        self.evaluated += self._calls(batch)
         rms = [outputs[i][0][1].float().square().mean().sqrt() for i in range(len(self.sites))]
         self.scales = torch.stack(rms).cpu()
         if self.start == "search":
@@ -331,6 +343,7 @@ class TrajectoryTraining(L.LightningModule):
         weights, lazy = self._weights()
         plan = (self.frozen.model, self.schedule, batch, weights, self.numbers)
         history, error = self.rule.order + 1, torch.zeros((), device=self.device)
+        evaluations = len(self.schedule) * (self.plan().share if lazy else 1.0)
         if self.objective.loss == "final":
             final = self.objective.student(*plan, history, lazy)
             error = (final - batch["latents"]).square().mean()
@@ -339,47 +352,81 @@ class TrajectoryTraining(L.LightningModule):
         else:
             importance = self._weighting(plan, history)
             for part in self.objective.steps(*plan, history, importance, lazy):
+                evaluations += 1  # the plain model's
                 self._finite(part)
                 self.manual_backward(part)
                 error = error + part.detach()
         optimizer.step()
         scheduler.step()
         self.updates[self.streams :] += 1
-        share = self.plan().share if lazy else 1.0
-        teacher = 0 if self.objective.loss == "final" else len(self.schedule)
-        self.evaluated += round((share * len(self.schedule) + teacher) * self._calls(batch))
+        self.evaluated += round(evaluations * self._calls(batch))
         self.seconds += time.perf_counter() - begun
         self.log("train/error", error.detach(), prog_bar=True)
 
     def _weights(self) -> tuple[Weights, bool]:
         """The gates of each evaluation, and whether what is reused need not be computed."""
-        compute = torch.tensor(self.plan().compute, device=self.device)
+        compute = torch.tensor(self._drawn().compute, device=self.device)
         if not self.training_gates or not self.logits.requires_grad:
             hard = compute.float()
             return (lambda row: hard[row] if row >= self.streams else None), True
-        gates = self._gates()
+        gates = self._gates().detach()
         # Half way between the last gate that is open and the first that is not.
         inner = compute.clone()
         inner[: self.streams] = False
-        opened = gates.detach()[inner]
-        closed = gates.detach()[~compute]
+        opened = gates[inner]
+        closed = gates[~compute]
         threshold = (opened.min() + closed.max()) / 2 if len(opened) and len(closed) else 0.0
-        g = generator("gates", self.seed, batches_done(self.trainer), self.global_rank)
         progress = self.global_step / max(1, self.gate_steps)
-        soft = self.relaxation.weights(gates - threshold, compute, progress, g)
-        return (lambda row: soft[row] if row >= self.streams else None), False
+        key = ("gates", self.seed, batches_done(self.trainer), self.global_rank)
+
+        def soft(row: int) -> Tensor | None:
+            if row < self.streams:
+                return None
+            # A graph of its own for each row: "steps" takes their gradients one by one.
+            distance = self._gates()[row] - threshold
+            return self.relaxation.weights(distance, compute[row], progress, generator(*key, row))
+
+        return soft, False
+
+    def _drawn(self) -> Plan:
+        """The plan of this step: at the budget, or every second time at one of the family."""
+        done = batches_done(self.trainer)
+        if self.family is None or done % 2 == 0:
+            return self.plan()
+        low, high = self.family
+        share = float(torch.rand((), generator=generator("family", self.seed, done)))
+        return self.router().plan(budget=low * (high / low) ** share)
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Measure the error at other budgets."""
+        if not self.measured:
+            return
+        router, data = self.router(), self.trainer.datamodule
+        for budget in self.measure:
+            plan = router.plan(budget=budget)
+            compute = torch.tensor(plan.compute, device=self.device).float()
+            errors, counts = [], []
+            for batch in data.val_dataloader():
+                errors.append(float(self._error(self._moved(batch), compute)))
+                counts.append(len(batch["labels"]))
+            mean = sum(e * n for e, n in zip(errors, counts, strict=True)) / sum(counts)
+            self.measured.append({"budget": budget, "share": plan.share, "mse": mean})
 
     def _weighting(self, plan: tuple[Any, ...], history: int) -> Tensor | None:
         if not self.objective.error_proxy:
             return None
         if self._importance is None or self.global_step % self.objective.error_proxy == 0:
             self._importance = self.objective.importance(*plan, history)
+            # The student's sample once as it is, and once for each evaluation but the first.
+            evaluations = len(self.schedule) ** 2 * self.plan().share
+            self.evaluated += round(evaluations * self._calls(plan[2]))
         return self._importance
 
     def _finite(self, error: Tensor) -> None:
         if not bool(error.isfinite()):
             raise ValueError(
-                f"the error became {float(error)} in optimizer step {self.global_step}; the router "
+                f"the error became {error.item()} in optimizer step {self.global_step}; the router "
                 "of the best validation before it is kept. Lower lr, or use a lower order of reuse"
             )
 
@@ -398,9 +445,11 @@ class TrajectoryTraining(L.LightningModule):
         """Remember the error for the router's file."""
         value = self.trainer.callback_metrics.get("val/loss")
         if value is not None and not self.trainer.sanity_checking:
-            self.measured = {"share": self.plan().share, "mse": float(value)}
+            self._finite(value)
+            share = self.plan().share
+            self.measured = [{"budget": self.budget, "share": share, "mse": float(value)}]
             self.validated = self.router()
-            self.log("val/psnr", 10 * math.log10(4 / max(float(value), 1e-12)), prog_bar=True)
+            self.log("val/psnr", 10 * torch.log10(4 / value.clamp(min=1e-12)), prog_bar=True)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Samples by the exported plan against the batch's."""
@@ -435,10 +484,7 @@ class TrajectoryTraining(L.LightningModule):
 
     def _check(self, batch: Batch) -> None:
         if "noise" not in batch:
-            raise ValueError(
-                "the trajectory objective needs noise and the samples that it leads to; take "
-                "Trajectories as data"
-            )
+            raise ValueError(WRONG_DATA)
         expected, got = latent_shape(self.frozen.model), tuple(batch["noise"].shape[1:])
         if got != expected:
             raise ValueError(
@@ -452,6 +498,7 @@ class TrajectoryTraining(L.LightningModule):
             "backbone": self.frozen.path,
             "start": self.start,
             "granularity": self.granularity,
+            "family": None if self.family is None else list(self.family),
             "gate_steps": self.gate_steps,
             "relaxation": vars(self.relaxation) if self.gate_steps else None,
             "rates": dict(self.rates),
@@ -468,11 +515,15 @@ class TrajectoryTraining(L.LightningModule):
             target = getattr(data, "described", None)
             provenance["target"] = target() if target else None
         if self.measured:
-            provenance["measured"] = [{"budget": self.budget, **self.measured}]
+            provenance["measured"] = self.measured
         return provenance
 
 
-STATE = ("updates", "evaluated", "seconds", "measured", "scales", "offsets")
+WRONG_DATA = (
+    "the trajectory objective needs noise and the samples that it leads to; take Trajectories as "
+    "data"
+)
+STATE = ("updates", "evaluated", "seconds", "measured", "scales", "offsets", "_importance")
 
 
 def _groups(found: Sites, granularity: str) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from l2c.attach import Call, attached
 from l2c.files import replacing
@@ -111,13 +112,28 @@ def measure(
     lookahead = min(lookahead, max(1, len(schedule) - 1))
     sums = torch.zeros(lookahead, len(schedule), len(here), dtype=torch.float64)
     count = 0
-    for start in range(0, samples, batch_size):
-        labels = torch.arange(start, min(start + batch_size, samples)) % max(1, model.num_classes)
-        draws = [generator("calibrate", seed, start + i) for i in range(len(labels))]
-        noise = initial_latents(model, len(labels), draws)
-        with _recorded(model, sums) as calls:
-            sample(model, schedule, labels, guidance_scale, latents=noise, progress=progress)
-        count += calls[0]
+    starts = range(0, samples, batch_size)
+    total = len(starts) * len(schedule)
+    with tqdm(
+        total=total, desc="Calibrating", unit="evaluation", disable=not progress, leave=False
+    ) as bar:
+        for start in starts:
+            draws = [
+                generator("calibrate", seed, i)
+                for i in range(start, min(start + batch_size, samples))
+            ]
+            noise = initial_latents(model, len(draws), draws)
+            labels = torch.arange(start, start + len(draws)) % max(1, model.num_classes)
+            with _recorded(model, sums) as calls:
+                sample(
+                    model,
+                    schedule,
+                    labels,
+                    guidance_scale,
+                    latents=noise,
+                    callback=lambda *_: bar.update(),
+                )
+            count += calls[0]
     relative = (sums / count).float()
     for distance in range(1, lookahead + 1):
         relative[distance - 1, :distance] = torch.inf

@@ -61,4 +61,4 @@ class Relaxation:
         soft = (distance / t).sigmoid()
         if self.kind == "sigmoid":
             return soft
-        return hard.to(soft) + soft - soft.detach()
+        return hard.to(soft) + (soft - soft.detach())  # in this order exactly 0 or 1
