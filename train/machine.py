@@ -11,16 +11,7 @@ from typing import Any
 import torch
 
 import l2c
-
-
-def processor() -> str:
-    """The name of the processor."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+from l2c.profile import processor
 
 
 def described(device: str = "cpu") -> dict[str, Any]:
