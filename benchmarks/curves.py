@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 COSTS = ("evaluations", "latency")
+SHARES = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)  # ticks of plots
 GRID = (2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 50)
 
 TITLES = {
@@ -80,13 +81,12 @@ def table(rows: Sequence[Row]) -> str:
     """All figures as text, a block for each setting."""
     blocks = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        here = sorted(
-            (row for row in rows if row["setting"] == setting), key=lambda row: -row["budget"]
-        )
+        here = sorted((row for row in rows if row["setting"] == setting), key=_place)
         lines = [[setting, "budget", *COLUMNS]]
         for row in here:
-            seed = row["training_seed"]
-            name = title(row) + ("" if seed is None else f", seed {seed}")
+            seeds = {"seed": row["training_seed"], "noise": row["seed"] or None}
+            numbered = [f"{what} {seed}" for what, seed in seeds.items() if seed is not None]
+            name = ", ".join([title(row), *numbered])
             budget = f"{row['budget']:g}"
             if "unfit" in row:
                 lines.append([name, budget, "-", *[""] * (len(COLUMNS) - 1)])
@@ -95,6 +95,12 @@ def table(rows: Sequence[Row]) -> str:
             lines.append([name, budget, *("-" if v is None else f.format(v) for v, f in values)])
         blocks.append(aligned(lines))
     return "\n\n".join(blocks)
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    known = list(TITLES)
+    order = known.index(row["method"]) if row["method"] in known else len(known)
+    return -row["budget"], order, row["method"], row["training_seed"] or 0, row["seed"]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -225,6 +231,8 @@ def panels(rows: Sequence[Row], value: Callable[[Row], float | None], label: str
 
     A point is the median over seeds, with a bar from the lowest to the highest.
     """
+    from matplotlib import colormaps
+
     measured = [row for row in fit(rows) if value(row) is not None]
     settings = list(dict.fromkeys(row["setting"] for row in measured))
     if not settings:
@@ -236,12 +244,12 @@ def panels(rows: Sequence[Row], value: Callable[[Row], float | None], label: str
         for number, method in enumerate(methods):
             found = [row for row in here if row["method"] == method]
             if found:
-                look = {"color": f"C{number % 10}", **style(found[0])}
+                look = {"color": colormaps["tab20"](number % 20), **style(found[0])}
                 _line(axis, found, value, title(found[0]), look)
         for row in here:
             if row["kind"] == "uncached" and (value(row) or 0) > 0:
                 axis.axhline(value(row), color="0.5", lw=1, ls="--", label="uncached")
-        axis.set(xscale="log", yscale="log", title=setting)
+        _scaled(axis, setting, SHARES, [f"{share:.0%}" for share in SHARES])
         axis.set_xlabel("share of compute")
         axis.set_ylabel(label)
     _legend(figure, axes)
@@ -288,7 +296,7 @@ def choice_figure(rows: Sequence[Row], cost: str = "evaluations") -> Figure | No
             every = [(cost_of(row, cost, here), row["mse_converged"]) for row in group]
             axis.scatter(*zip(*every, strict=True), s=6, color=look["color"], alpha=0.3)
             axis.step(*zip(*front, strict=True), where="post", marker="o", ms=4, label=name, **look)
-        axis.set(xscale="log", yscale="log", title=model)
+        _scaled(axis, model, GRID, list(map(str, GRID)))
         axis.set_xlabel(f"cost in plain {_unit(cost)}")
         axis.set_ylabel("MSE to the converged sample")
     _legend(figure, axes)
@@ -306,6 +314,15 @@ def _grid(count: int) -> tuple[Figure, list[Any]]:
     for axis in axes[count:]:
         axis.axis("off")
     return figure, axes[:count]
+
+
+def _scaled(axis: Any, name: str, ticks: Sequence[float], labels: Sequence[str]) -> None:
+    axis.set(xscale="log", yscale="log", title=name)
+    low, high = axis.get_xlim()
+    shown = [i for i, tick in enumerate(ticks) if low <= tick <= high]
+    axis.set_xticks([ticks[i] for i in shown], [labels[i] for i in shown], fontsize=8)
+    axis.set_xticks([], minor=True)
+    axis.grid(True, which="major", color="0.92")
 
 
 def _legend(figure: Figure, axes: Sequence[Any]) -> None:

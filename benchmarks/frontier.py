@@ -52,7 +52,7 @@ from train.seeding import generator
 
 BUDGETS = (0.50, 0.35, 0.25, 0.15)
 CONVERGED = 200  # DDIM evaluations after which a sample hardly changes
-LOOKAHEAD = 8  # evaluations over which changes are measured: enough for the least budget
+LOOKAHEAD = 10  # evaluations over which changes are measured: enough for the least budget
 LATENCY_BATCH = 8
 KEEP_EVERY = 500  # samples after which a reference is written
 
@@ -149,7 +149,7 @@ class Bench:
     @cached_property
     def _changes(self) -> Changes:
         path = self.options.work / f"{self.name}_changes.safetensors"
-        about = self._about(self.schedule)
+        about = {**self._about(self.schedule), "lookahead": str(LOOKAHEAD)}
         sites = l2c.sites(self.model)
         if _read(path, about, "relative") is None:
             scale = self.setting.guidance_scale

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from l2c.plan import Plan
-from l2c.reuse import Mixture, Reuse, mixture
+from l2c.reuse import Reuse
 from l2c.router import Router, within
 from l2c.sampling import latent_shape, sample
 from l2c.schedule import Schedule
@@ -21,6 +20,7 @@ from l2c.site import Sites, sites
 from train.data import Batch
 from train.frozen import Frozen
 from train.gates import Outputs, gated
+from train.learned import Gates, Predictions
 from train.machine import versions
 from train.relaxation import Relaxation
 from train.seeding import batches_done, generator
@@ -103,8 +103,6 @@ class TrajectoryTraining(L.LightningModule):
             )
         if speedup is not None and not speedup >= 1:
             raise ValueError(f"expected a speedup of at least 1, got {speedup}")
-        if per not in ("channel", "site", "none"):
-            raise ValueError(f'per must be "channel", "site" or "none", got {per!r}')
         self.frozen = Frozen(backbone)
         self.sites = sites(self.frozen.model)
         options = {"noise": self.frozen.model.noise, **(solver_options or {})}
@@ -120,38 +118,24 @@ class TrajectoryTraining(L.LightningModule):
 
             self.costs = Profile.load(profile).sites(self.sites)
         self.objective = objective or Trajectory()
-        self.rule = Reuse.named(reuse, relative=self.objective.streams == 2)
-        self.per, self.granularity = per, granularity
-        self.gate_steps = gate_steps
+        self.streams = self.objective.streams
+        rows = len(self.schedule) * self.streams
+        rule = Reuse.named(reuse, relative=self.streams == 2)
+        self.predictions = Predictions(rule, rows, self.sites, per, shift, self.streams)
+        self.start, self.granularity, self.gate_steps = start, granularity, gate_steps
+        self.gates = Gates(self._start(start), self.sites, granularity, gate_steps > 0)
         self.relaxation = relaxation or Relaxation()
         self.rates = {"corrections": lr, "shift": shift_lr, "logits": gate_lr}
-        self.warmup_steps = warmup_steps
-        self.seed = seed
-
-        self.streams = self.objective.streams
-        rows, count = len(self.schedule) * self.streams, len(self.sites)
-        widths = {site.channels for site in self.sites}
-        if per == "channel" and len(widths) > 1:
-            raise ValueError(f'sites differ in width ({sorted(widths)}); take per="site"')
-        width = widths.pop() if per == "channel" else 1
-        terms = self.rule.order + 1
-        self.corrections = nn.Parameter(torch.zeros(rows, count, terms, width))
-        self.corrections.requires_grad_(per != "none")
-        shifted = shift and per != "none"
-        self.shift = nn.Parameter(torch.zeros(rows, count, max(s.channels for s in self.sites)))
-        self.shift.requires_grad_(shifted)
-        self.start = start
-        self.groups = torch.tensor(_groups(self.sites, granularity))
-        self.logits = nn.Parameter(self._start(start), requires_grad=gate_steps > 0)
-        # No buffers: weight averaging would average them.
-        self.scales = torch.ones(count)
+        self.warmup_steps, self.seed = warmup_steps, seed
         self.updates = torch.zeros(rows, dtype=torch.long)
         self.evaluated = 0  # model evaluations of one sample each, forward
         self.seconds = 0.0
         self.measured: list[dict[str, float]] = []
         self.validated: Router | None = None
         self._importance: Tensor | None = None
-        self.plan()  # a budget that is too small is refused here
+        router = self.router()
+        for share in (None, *(family or ()), *self.measure):
+            router.plan(budget=share)  # a budget that is too small is refused here
 
     # --- what is learned ---
 
@@ -159,14 +143,6 @@ class TrajectoryTraining(L.LightningModule):
     def training_gates(self) -> bool:
         """Whether the gates are still being trained."""
         return self._trainer is not None and self.global_step < self.gate_steps
-
-    def scores(self) -> Tensor:
-        """Order of the gates, [evaluation, site] in [0, 1]."""
-        return self._gates().detach().float().cpu().sigmoid()
-
-    def _gates(self) -> Tensor:
-        # What a gate is shared by keeps the order of the start among itself.
-        return self.logits[:, self.groups] + self.offsets.to(self.logits)
 
     def _start(self, start: str) -> Tensor:
         if start in ("uniform", "search"):
@@ -180,7 +156,7 @@ class TrajectoryTraining(L.LightningModule):
                 )
             decided = router.gated[:, None]
             found = router.scores.clamp(1e-6, 1 - 1e-6).logit().masked_fill(~decided, 14.0)
-        return self._grouped(found)
+        return found
 
     @property
     def rows(self) -> int:
@@ -190,20 +166,6 @@ class TrajectoryTraining(L.LightningModule):
     def _uniform(self) -> list[int]:
         count = fitting(self.budget, self.rows, self.costs, self.streams)
         return spread(count, self.rows, self.streams)
-
-    def _grouped(self, values: Tensor) -> Tensor:
-        groups = [values[:, self.groups == g].mean(1) for g in range(int(self.groups.max()) + 1)]
-        grouped = torch.stack(groups, 1)
-        self.offsets = values - grouped[:, self.groups]
-        return grouped
-
-    def reuse(self) -> Reuse:
-        """The rule with what was learned so far; nothing where nothing can be reused."""
-        corrections = self.corrections.detach().cpu() if self.corrections.requires_grad else None
-        shift = None
-        if self.shift.requires_grad:
-            shift = (self.shift * self.scales.to(self.shift)[:, None]).detach().cpu()
-        return dataclasses.replace(self.rule, corrections=corrections, shift=shift)
 
     def plan(self) -> Plan:
         """The plan of the gates as they are."""
@@ -215,7 +177,7 @@ class TrajectoryTraining(L.LightningModule):
         # Untrained gates are those of the start, which is a plan like any other.
         updates = torch.where(decided, self.updates.clamp(min=1), 0)
         return Router(
-            scores=self.scores(),
+            scores=self.gates.scores(),
             gated=decided,
             updates=updates,
             sites=self.sites,
@@ -223,7 +185,7 @@ class TrajectoryTraining(L.LightningModule):
             identity=self.frozen.identity,
             guidance_scale=self.objective.guidance_scale,
             provenance=self._provenance(),
-            reuse=self.reuse(),
+            reuse=self.predictions.reuse(),
             budget=self._budget(),
             streams=self.streams,
         )
@@ -237,30 +199,26 @@ class TrajectoryTraining(L.LightningModule):
         # The same gates, in the unit in which routers count.
         decided = self._decided()
         bare = Router(
-            self.scores(),
+            self.gates.scores(),
             decided,
             decided.long(),
             self.sites,
             self.schedule,
             self.frozen.identity,
-            reuse=self.reuse(),
+            reuse=self.predictions.reuse(),
             streams=self.streams,
         )
         return min(1.0, within(bare, decided, self.budget, self.costs).share + 1e-9)
-
-    def numbers(self, row: int, site: int, sources: list[int]) -> Mixture:
-        """How a reused output of a row is formed of evaluations' outputs, differentiable."""
-        correction = self.corrections[row, site] if self.corrections.requires_grad else None
-        shift = None
-        if self.shift.requires_grad:
-            shift = self.shift[row, site] * self.scales.to(self.shift)[site]
-        return mixture(self.rule.kind, row // self.streams, sources, correction, shift)
 
     # --- training ---
 
     def configure_optimizers(self) -> Any:
         """Adam with a rate for each kind of parameter, all warmed up and then lowered to 0."""
-        found = {name: getattr(self, name) for name in self.rates}
+        found = {
+            "corrections": self.predictions.corrections,
+            "shift": self.predictions.shift,
+            "logits": self.gates.logits,
+        }
         groups = [
             {"params": [parameter], "lr": self.rates[name]}
             for name, parameter in found.items()
@@ -300,7 +258,7 @@ class TrajectoryTraining(L.LightningModule):
             self.objective.predict(model, batch["latents"], schedule.timesteps[-1], labels)
         self.evaluated += self._calls(batch)
         rms = [outputs[i][0][1].float().square().mean().sqrt() for i in range(len(self.sites))]
-        self.scales = torch.stack(rms).cpu()
+        self.predictions.scales = torch.stack(rms).cpu()
         if self.start == "search":
             self._search(batch)
 
@@ -317,8 +275,7 @@ class TrajectoryTraining(L.LightningModule):
 
         chosen = searched(self._uniform(), rows, error, self.streams, tried.set_postfix_str)
         tried.close()
-        found = logits(chosen, rows, self.sites, self.streams)
-        self.logits.copy_(self._grouped(found).to(self.logits))
+        self.gates.restart(logits(chosen, rows, self.sites, self.streams))
 
     def _error(self, batch: Batch, compute: Tensor) -> Tensor:
         """Squared error of the student's final samples by a table of gates."""
@@ -327,8 +284,8 @@ class TrajectoryTraining(L.LightningModule):
             self.schedule,
             batch,
             lambda row: compute[row] if row >= self.streams else None,
-            self.numbers,
-            self.rule.order + 1,
+            self.predictions.numbers,
+            self.predictions.rule.order + 1,
         )
         share = float(compute.mean())
         self.evaluated += round(share * len(self.schedule) * self._calls(batch))
@@ -341,9 +298,9 @@ class TrajectoryTraining(L.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()
         weights, lazy = self._weights()
-        plan = (self.frozen.model, self.schedule, batch, weights, self.numbers)
-        history, error = self.rule.order + 1, torch.zeros((), device=self.device)
-        evaluations = len(self.schedule) * (self.plan().share if lazy else 1.0)
+        plan = (self.frozen.model, self.schedule, batch, weights, self.predictions.numbers)
+        history, error = self.predictions.rule.order + 1, torch.zeros((), device=self.device)
+        evaluations = len(self.schedule) * (self._drawn().share if lazy else 1.0)
         if self.objective.loss == "final":
             final = self.objective.student(*plan, history, lazy)
             error = (final - batch["latents"]).square().mean()
@@ -366,16 +323,10 @@ class TrajectoryTraining(L.LightningModule):
     def _weights(self) -> tuple[Weights, bool]:
         """The gates of each evaluation, and whether what is reused need not be computed."""
         compute = torch.tensor(self._drawn().compute, device=self.device)
-        if not self.training_gates or not self.logits.requires_grad:
+        if not self.training_gates or not self.gates.logits.requires_grad:
             hard = compute.float()
             return (lambda row: hard[row] if row >= self.streams else None), True
-        gates = self._gates().detach()
-        # Half way between the last gate that is open and the first that is not.
-        inner = compute.clone()
-        inner[: self.streams] = False
-        opened = gates[inner]
-        closed = gates[~compute]
-        threshold = (opened.min() + closed.max()) / 2 if len(opened) and len(closed) else 0.0
+        threshold = self.gates.threshold(compute, self.streams)
         progress = self.global_step / max(1, self.gate_steps)
         key = ("gates", self.seed, batches_done(self.trainer), self.global_rank)
 
@@ -383,7 +334,7 @@ class TrajectoryTraining(L.LightningModule):
             if row < self.streams:
                 return None
             # A graph of its own for each row: "steps" takes their gradients one by one.
-            distance = self._gates()[row] - threshold
+            distance = self.gates()[row] - threshold
             return self.relaxation.weights(distance, compute[row], progress, generator(*key, row))
 
         return soft, False
@@ -470,11 +421,15 @@ class TrajectoryTraining(L.LightningModule):
         """Add what is in no parameter."""
         for name in STATE:
             checkpoint[name] = getattr(self, name)
+        checkpoint["scales"] = self.predictions.scales
+        checkpoint["offsets"] = self.gates.offsets
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The inverse."""
         for name in STATE:
             setattr(self, name, checkpoint[name])
+        self.predictions.scales = checkpoint["scales"]
+        self.gates.offsets = checkpoint["offsets"]
 
     def _calls(self, batch: Batch) -> int:
         return len(batch["labels"]) * (1 if self.objective.guidance_scale == 1.0 else 2)
@@ -502,7 +457,7 @@ class TrajectoryTraining(L.LightningModule):
             "gate_steps": self.gate_steps,
             "relaxation": vars(self.relaxation) if self.gate_steps else None,
             "rates": dict(self.rates),
-            "learned": {"per": self.per, "shift": self.shift.requires_grad},
+            "learned": {"per": self.predictions.per, "shift": self.predictions.shift.requires_grad},
             "seed": self.seed,
             "training_seconds": round(self.seconds, 1),
             "model_evaluations": self.evaluated,
@@ -524,17 +479,3 @@ WRONG_DATA = (
     "data"
 )
 STATE = ("updates", "evaluated", "seconds", "measured", "scales", "offsets", "_importance")
-
-
-def _groups(found: Sites, granularity: str) -> list[int]:
-    """Which gate each site has."""
-    if granularity == "site":
-        return list(range(len(found)))
-    if granularity == "evaluation":
-        return [0] * len(found)
-    if granularity != "block":
-        raise ValueError(
-            f'granularity must be "site", "block" or "evaluation", got {granularity!r}'
-        )
-    blocks = [site.name.rpartition(".")[0] for site in found]
-    return [list(dict.fromkeys(blocks)).index(block) for block in blocks]
