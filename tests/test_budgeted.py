@@ -31,13 +31,13 @@ from train.budgeted import TrajectoryTraining
 from train.trajectory import Trajectory
 
 Configure = Callable[..., dict[str, Any]]
-LR = {"lr": 0.1, "shift_lr": 0.03, "warmup_steps": 2}
+LR = {"lr": 0.3, "shift_lr": 0.1, "warmup_steps": 2}
 
 
 class Watch(L.Callback):
-    """Keeps gates, share and budget of the plan from before training and after every batch.
+    """Keeps gates and share of the plan from before training and after every batch.
 
-    It also counts the multiply-accumulates of all that the backbone computes meanwhile.
+    And the errors of validations, and how many multiply-accumulates the backbone came to by then.
     """
 
     def __init__(self) -> None:
@@ -45,6 +45,7 @@ class Watch(L.Callback):
         self.shares: list[float] = []
         self.evaluated: list[int] = []
         self.macs: list[int] = []
+        self.errors: list[float] = []
         self._count = 0
         self._batch = 0
 
@@ -68,11 +69,14 @@ class Watch(L.Callback):
     ) -> None:
         self._note(pl_module)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.errors.append(float(trainer.callback_metrics["val/loss"]))
+
     def _add(self, macs: int) -> None:
         self._count += self._batch * macs
 
     def _note(self, module: L.LightningModule) -> None:
-        self.logits.append(module.logits.detach().clone())
+        self.logits.append(module.gates.logits.detach().clone())
         self.shares.append(module.plan().share)
         self.evaluated.append(module.evaluated)
         self.macs.append(self._count)
@@ -92,11 +96,11 @@ class Spoil(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_index: int
     ) -> None:
         if trainer.global_step == self.batch:
-            pl_module.corrections.data.fill_(1e30)
+            pl_module.predictions.corrections.data.fill_(1e30)
 
 
 def watched(cli: Any) -> Watch:
-    return next(c for c in cli.trainer.callbacks if isinstance(c, Watch))
+    return next(c for c in cli.trainer.callbacks if type(c).__name__ == "Watch")
 
 
 def callback(name: str, **settings: Any) -> dict[str, Any]:
@@ -168,16 +172,6 @@ def fitted(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> tu
     return run("fit", configure(folder, logger=logger(folder)), folder), folder
 
 
-def trained(
-    configure: Configure, folder: Path, *arguments: Any, **trainer: Any
-) -> tuple[Any, float, float]:
-    """A run with the errors of validation before and after it."""
-    before = run("validate", configure(folder, *arguments, **trainer), folder)
-    cli = run("fit", configure(folder, *arguments, **trainer), folder)
-    after = cli.trainer.callback_metrics["val/loss"]
-    return cli, float(before.trainer.callback_metrics["val/loss"]), float(after)
-
-
 # --- budgets ---
 
 
@@ -199,7 +193,9 @@ def test_a_budget_is_met_within_a_percent(
     module = TrajectoryTraining(str(deep), 20, **settings)
     assert budget - 0.01 < module.plan().share <= budget
     g = torch.Generator().manual_seed(0)
-    module.logits.data.copy_(torch.randn(module.logits.shape, generator=g))  # any other gates
+    module.gates.logits.data.copy_(
+        torch.randn(module.gates.logits.shape, generator=g)
+    )  # any other gates
     assert budget - 0.01 < module.plan().share <= budget
     assert module.router().budget == budget
 
@@ -223,10 +219,10 @@ def test_a_budget_of_two_streams_is_met(budget: float, deep: Path) -> None:
 def test_gates_are_shared_as_the_granularity_says(granularity: str, deep: Path) -> None:
     module = TrajectoryTraining(str(deep), 20, budget=0.5, granularity=granularity)
     groups = {"site": 12, "block": 6, "evaluation": 1}[granularity]
-    assert module.logits.shape == (20, groups)
-    before = module.scores()
-    module.logits.data[7, -1] += 1.0
-    moved = (module.scores() != before).nonzero().tolist()
+    assert module.gates.logits.shape == (20, groups)
+    before = module.gates.scores()
+    module.gates.logits.data[7, -1] += 1.0
+    moved = (module.gates.scores() != before).nonzero().tolist()
     assert moved == [[7, site] for site in range(12 - 12 // groups, 12)]
 
 
@@ -270,7 +266,7 @@ def test_a_budget_is_counted_in_the_time_of_a_profile(
         module.router().save(tmp_path / "router.safetensors")
         again = Router.load(tmp_path / "router.safetensors").plan()
         assert torch.equal(torch.tensor(again.compute), compute)
-        module.logits.data.copy_(torch.randn(module.logits.shape, generator=g))
+        module.gates.logits.data.copy_(torch.randn(module.gates.logits.shape, generator=g))
 
 
 def test_one_router_serves_a_family_of_budgets(deep: Path) -> None:
@@ -292,7 +288,7 @@ def test_a_start_from_a_router_keeps_its_plan(
 ) -> None:
     first = TrajectoryTraining(str(dit_folder), 8, budget=0.45, granularity="site", gate_steps=1)
     g = torch.Generator().manual_seed(2)
-    first.logits.data.copy_(torch.randn(first.logits.shape, generator=g) * 3)
+    first.gates.logits.data.copy_(torch.randn(first.gates.logits.shape, generator=g) * 3)
     path = tmp_path / "start.safetensors"
     first.router().save(path)
     settings = {"start": str(path), "granularity": granularity}
@@ -317,9 +313,7 @@ def test_a_start_from_a_router_with_a_threshold_keeps_its_plan(
     assert module.plan().compute == plan.compute
 
 
-def test_a_start_of_another_kind_is_refused(
-    dit: l2c.DiT, dit_folder: Path, tmp_path: Path
-) -> None:
+def test_a_start_of_another_kind_is_refused(dit: l2c.DiT, dit_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "start.safetensors"
     make_router(dit, l2c.Schedule.ddim(6)).save(path)
     given = {"budget": 0.6, "start": str(path)}
@@ -346,17 +340,18 @@ def errors(module: Any, data: Any, plan: l2c.Plan) -> float:
 def test_a_search_begins_with_a_better_plan(
     streams: int, configure: Configure, tmp_path: Path
 ) -> None:
-    model = {"lr": 0.0, "shift_lr": 0.0}  # nothing else changes
-    arguments = ({"start": "search", **model}, {"streams": streams})
-    cli = run("fit", configure(tmp_path / "run", *arguments, max_steps=4), tmp_path / "run")
-    config = configure(tmp_path / "uniform", model, {"streams": streams}, max_steps=4)
-    uniform = run("fit", config, tmp_path / "uniform").model
-    found, even = (module.plan() for module in (cli.model, uniform))
+    folder = tmp_path / "run"
+    model = {"start": "search", "lr": 0.0, "shift_lr": 0.0}  # nothing else changes
+    arguments = (model, {"streams": streams})
+    cli = run("fit", configure(folder, *arguments, max_steps=1, limit_val_batches=0), folder)
+    module = cli.model
+    objective = Trajectory(streams=streams)
+    uniform = TrajectoryTraining(module.frozen.path, 6, budget=0.5, objective=objective)
+    found, even = module.plan(), uniform.plan()
     assert found.share <= 0.5
-    better, worse = (errors(cli.model, cli.datamodule, plan) for plan in (found, even))
+    better, worse = (errors(module, cli.datamodule, plan) for plan in (found, even))
     assert better < 0.9 * worse
-    exported = Router.load(tmp_path / "run" / "router.safetensors").plan()
-    assert exported.compute == found.compute
+    assert Router.load(folder / "router.safetensors").plan().compute == found.compute
 
 
 # --- what is learned ---
@@ -381,8 +376,8 @@ def test_numbers_are_learned_per_channel_or_site(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "run"
-    model = {"per": per, "shift": shift, "gate_steps": int(per == "none")}
-    run("fit", configure(folder, model, max_steps=4), folder)
+    model = {"per": per, "shift": shift, "gate_steps": 4 * (per == "none")}
+    run("fit", configure(folder, model, max_steps=4, limit_val_batches=0), folder)
     router = Router.load(folder / "router.safetensors")
     for learned, shape in ((router.reuse.corrections, corrections), (router.reuse.shift, shifts)):
         assert (None if learned is None else tuple(learned.shape)) == shape
@@ -395,22 +390,28 @@ def test_numbers_are_learned_per_channel_or_site(
     assert router.reuse.name == "newton-2"
 
 
-def test_training_lowers_the_error(configure: Configure, tmp_path: Path) -> None:
-    for loss in ("final", "steps"):
-        folder = tmp_path / loss
-        _, before, after = trained(configure, folder, {}, {"loss": loss}, max_steps=24)
-        assert after < 0.6 * before
+def test_training_lowers_the_error(fitted: tuple[Any, Path]) -> None:
+    first, _, last = watched(fitted[0]).errors
+    assert last < 0.8 * first
 
 
-def test_training_lowers_the_error_with_gates(configure: Configure, tmp_path: Path) -> None:
-    model = {"gate_steps": 16, "granularity": "site", "gate_lr": 0.3}
-    _, before, after = trained(configure, tmp_path / "run", model, max_steps=24)
-    assert after < 0.6 * before
-
-
-def test_training_of_two_streams_lowers_the_error(configure: Configure, tmp_path: Path) -> None:
-    _, before, after = trained(configure, tmp_path / "run", {}, {"streams": 2}, max_steps=24)
-    assert after < 0.7 * before
+@pytest.mark.parametrize(
+    ("model", "objective"),
+    [
+        ({}, {"loss": "steps"}),
+        ({}, {"streams": 2}),
+        ({"gate_steps": 8, "granularity": "site", "gate_lr": 0.3}, {}),
+        ({"per": "site", "reuse": "taylor-1"}, {"guidance_scale": 1.0}),
+    ],
+    ids=["steps", "streams", "gates", "unguided"],
+)
+def test_training_lowers_the_error_in_other_ways(
+    model: dict[str, Any], objective: dict[str, Any], configure: Configure, tmp_path: Path
+) -> None:
+    data = {"guidance_scale": objective.get("guidance_scale", 1.5)}
+    config = configure(tmp_path / "run", model, objective, data)
+    first, _, last = watched(run("fit", config, tmp_path / "run")).errors
+    assert last < 0.8 * first
 
 
 def test_the_output_scale_of_shifts_is_the_last_evaluations(fitted: tuple[Any, Path]) -> None:
@@ -426,8 +427,8 @@ def test_the_output_scale_of_shifts_is_the_last_evaluations(fitted: tuple[Any, P
     for hook in hooks:
         hook.remove()
     expected = torch.stack([out.square().mean().sqrt() for out in seen])
-    assert torch.equal(cli.model.scales, expected)
-    shift = cli.model.shift.detach() * expected[:, None]
+    assert torch.equal(cli.model.predictions.scales, expected)
+    shift = cli.model.predictions.shift.detach() * expected[:, None]
     assert torch.equal(cli.model.router().reuse.shift, shift)
 
 
@@ -437,26 +438,43 @@ def test_the_backbone_stays_as_it_is(fitted: tuple[Any, Path], given: Path) -> N
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert {name for name, _ in cli.model.named_parameters()} == {"corrections", "shift", "logits"}
+    assert {name for name, _ in cli.model.named_parameters()} == {
+        "predictions.corrections",
+        "predictions.shift",
+        "gates.logits",
+    }
 
 
-@pytest.mark.parametrize("kind", ["straight-through", "hard-concrete", "sigmoid"])
-@pytest.mark.parametrize("loss", ["final", "steps"])
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        ("final", "straight-through"),
+        ("final", "hard-concrete"),
+        ("final", "sigmoid"),
+        ("steps", "straight-through"),
+        ("steps", "hard-concrete"),
+    ],
+)
 def test_gates_move_while_they_are_trained_and_are_fixed_afterwards(
     loss: str, kind: str, configure: Configure, tmp_path: Path
 ) -> None:
     model = {
-        "gate_steps": 5,
+        "gate_steps": 4,
         "granularity": "site",
         "gate_lr": 0.5,
         "relaxation": {"class_path": "Relaxation", "init_args": {"kind": kind}},
     }
-    cli = run("fit", configure(tmp_path / "run", model, {"loss": loss}, max_steps=9), tmp_path)
+    trainer = {"max_steps": 7, "limit_val_batches": 0}
+    cli = run("fit", configure(tmp_path / "run", model, {"loss": loss}, **trainer), tmp_path)
     seen = watched(cli)
-    assert len(seen.logits) == 10
+    assert len(seen.logits) == 8
     for step, (before, after) in enumerate(zip(seen.logits, seen.logits[1:], strict=False)):
         moved = (before != after).any(1)
-        assert moved.tolist() == [False] + [step < 5] * 5  # evaluation 0 has no gates
+        assert not bool(moved[0])  # the first evaluation has no gates
+        # With "steps" and hard gates, evaluations without an error have no gradient.
+        assert bool(moved.any()) == (step < 4)
+        if (loss, kind) != ("steps", "straight-through"):
+            assert bool(moved[1:].all()) == (step < 4)
     largest = max(site.macs for site in cli.model.sites) / (6 * cli.model.sites.macs)
     assert all(0.5 - largest < share <= 0.5 for share in seen.shares)
     first = TrajectoryTraining(cli.model.frozen.path, 6, budget=0.5, granularity="site")
@@ -468,11 +486,12 @@ def test_shared_gates_are_trained_together(
     granularity: str, configure: Configure, tmp_path: Path
 ) -> None:
     model = {"gate_steps": 4, "granularity": granularity, "gate_lr": 0.5}
-    cli = run("fit", configure(tmp_path / "run", model, max_steps=6), tmp_path)
+    config = configure(tmp_path / "run", model, max_steps=6, limit_val_batches=0)
+    cli = run("fit", config, tmp_path)
     seen = watched(cli)
     assert not torch.equal(seen.logits[0], seen.logits[4])
     assert torch.equal(seen.logits[4], seen.logits[6])
-    scores = cli.model.scores().logit().reshape(6, -1, 2 if granularity == "block" else 6)
+    scores = cli.model.gates.scores().logit().reshape(6, -1, 2 if granularity == "block" else 6)
     assert float((scores.max(2).values - scores.min(2).values).max()) < 2e-3  # the start's order
     largest = max(site.macs for site in cli.model.sites) / (6 * cli.model.sites.macs)
     assert all(0.5 - largest < share <= 0.5 for share in seen.shares)
@@ -484,7 +503,8 @@ def test_a_family_is_trained_at_several_budgets(configure: Configure, tmp_path: 
     cli = run("fit", configure(folder, model, max_steps=8), folder)
     alone = run("fit", configure(folder, {"reuse": "copy"}, max_steps=8), folder)
     moved = [
-        cli_.model.corrections.detach().flatten(2).abs().sum(2) > 0 for cli_ in (cli, alone)
+        cli_.model.predictions.corrections.detach().flatten(2).abs().sum(2) > 0
+        for cli_ in (cli, alone)
     ]
     compute = torch.tensor(cli.model.plan().compute)
     assert not bool((moved[1] & compute).any())
@@ -507,13 +527,10 @@ def test_a_family_is_trained_at_several_budgets(configure: Configure, tmp_path: 
 @pytest.mark.parametrize(
     ("model", "objective"),
     [
-        ({}, {}),
-        ({}, {"loss": "steps"}),
-        ({}, {"loss": "steps", "error_proxy": 5}),
-        ({"start": "search"}, {}),
-        ({"gate_steps": 4, "granularity": "site"}, {}),
-        ({"family": [0.3, 0.9]}, {}),
+        ({"family": [0.3, 0.9]}, {"loss": "steps", "error_proxy": 5}),
+        ({"start": "search", "gate_steps": 4, "granularity": "site"}, {}),
     ],
+    ids=["steps", "gates"],
 )
 def test_model_evaluations_are_what_was_computed(
     model: dict[str, Any], objective: dict[str, Any], configure: Configure, tmp_path: Path
@@ -521,7 +538,7 @@ def test_model_evaluations_are_what_was_computed(
     cli = run("fit", configure(tmp_path / "run", model, objective), tmp_path)
     seen = watched(cli)
     counted = [macs / cli.model.sites.macs for macs in seen.macs]
-    # Shares of sites stand for those of the compute in validation, importance is that of one
+    # Importance is counted as that of one
     # average plan, and numbers are rounded: a few percent.
     assert seen.evaluated[0] == pytest.approx(counted[0], rel=0.05)
     assert seen.evaluated[-1] == pytest.approx(counted[-1], rel=0.05)
@@ -543,7 +560,7 @@ def test_the_exported_router_samples_as_the_module(fitted: tuple[Any, Path]) -> 
             if numbers is None:
                 continue
             reused += 1
-            mine = module.numbers(row, site, list(plan.sources[row][site]))
+            mine = module.predictions.numbers(row, site, list(plan.sources[row][site]))
             assert torch.equal(mine.shift, numbers.shift)
             for one, other in zip(mine.coefficients, numbers.coefficients, strict=True):
                 assert torch.equal(one, other)
@@ -557,7 +574,7 @@ def test_the_exported_router_samples_as_the_module(fitted: tuple[Any, Path]) -> 
     with torch.no_grad():
         student = module.objective.student(
             module.frozen.model, module.schedule, batch,
-            lambda row: compute[row] if row else None, module.numbers, 3,
+            lambda row: compute[row] if row else None, module.predictions.numbers, 3,
         )  # fmt: skip
     # `sample` computes the conditioning in one product ahead of the loop, in float32
     assert torch.allclose(student, sampled, rtol=1e-3, atol=1e-3 * float(sampled.abs().max()))
@@ -578,7 +595,7 @@ def test_the_router_says_where_it_comes_from(fitted: tuple[Any, Path]) -> None:
     assert provenance["objective"]["loss"] == "final"
     assert provenance["optimizer_steps"] == 12
     assert provenance["batch_size"] == 4
-    assert provenance["rates"]["corrections"] == 0.1
+    assert provenance["rates"]["corrections"] == 0.3
     assert provenance["learned"] == {"per": "channel", "shift": True}
     assert provenance["l2c"] == l2c.__version__
     assert provenance["target"] == cli.datamodule.described()
@@ -623,10 +640,11 @@ def test_a_router_can_be_taken_before_any_training(dit_folder: Path, tmp_path: P
 @pytest.mark.parametrize("solver", ["dpm_solver_2", "dpm_solver_pp_2m"])
 def test_a_uvit_is_trained_too(solver: str, configure: Configure, tmp_path: Path) -> None:
     lively_uvit().save_pretrained(tmp_path / "uvit")
-    model = {"backbone": str(tmp_path / "uvit"), "solver": solver}
+    model = {"backbone": str(tmp_path / "uvit"), "solver": solver, "lr": 0.01, "shift_lr": 0.003}
     folder = tmp_path / "run"
     data = {"solver": solver, "folder": str(tmp_path / "samples")}
-    cli, before, after = trained(configure, folder, model, {}, data, max_steps=8)
+    cli = run("fit", configure(folder, model, {}, data, max_steps=8), folder)
+    before, after = watched(cli).errors
     assert after < before
     router = Router.load(folder / "router.safetensors", l2c.load(tmp_path / "uvit"))
     noise, latents, labels = cli.datamodule.parts["validation"].tensors
@@ -644,34 +662,39 @@ def test_a_uvit_is_trained_too(solver: str, configure: Configure, tmp_path: Path
     [
         (
             {
-                "gate_steps": 6,
+                "start": "search",
+                "gate_steps": 4,
                 "granularity": "site",
                 "relaxation": {"class_path": "Relaxation", "init_args": {"kind": "hard-concrete"}},
             },
             {"checkpointing": True},
         ),
-        ({"gate_steps": 6, "granularity": "block"}, {"loss": "steps", "error_proxy": 4}),
-        ({"start": "search", "family": [0.3, 0.7], "measure": [0.6]}, {"streams": 2}),
+        (
+            {"gate_steps": 4, "granularity": "block", "family": [0.3, 0.7], "measure": [0.6]},
+            {"loss": "steps", "error_proxy": 2, "streams": 2},
+        ),
     ],
-    ids=["hard-concrete", "steps", "search"],
+    ids=["final", "steps"],
 )
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_resumed_run_equals_an_uninterrupted_one(
     model: dict[str, Any], objective: dict[str, Any], configure: Configure, tmp_path: Path
 ) -> None:
     def configured(folder: Path) -> dict[str, Any]:
         kept = checkpoints(folder, every=1, save_top_k=-1, filename="{step}")
-        more = {"extra": [kept], "enable_checkpointing": True, "max_steps": 10}
+        more = {"extra": [kept], "enable_checkpointing": True, "max_steps": 6}
         return configure(folder, model, objective, **more)
 
     whole = tmp_path / "whole"
     run("fit", configured(whole), whole)
     expected = Router.load(whole / "router.safetensors")
-    for step in (3, 9):  # while gates are trained, and afterwards
+    for step in (3, 5):  # while gates are trained, and afterwards
         folder = tmp_path / f"from-{step}"
         start = whole / "checkpoints" / f"step={step}.ckpt"
         cli = run("fit", configured(folder), folder, "--ckpt_path", str(start))
-        assert cli.trainer.global_step == 10
-        assert len(watched(cli).logits) == 1 + 10 - step
+        assert cli.trainer.global_step == 6
+        assert len(watched(cli).logits) == 1 + 6 - step
         found = Router.load(folder / "router.safetensors")
         assert torch.equal(found.scores, expected.scores)
         assert torch.equal(found.updates, expected.updates)
@@ -739,6 +762,22 @@ def test_noise_of_another_shape_names_both(
 def test_nothing_to_train_is_refused(configure: Configure, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing is trained: give gate_steps"):
         run("fit", configure(tmp_path / "run", {"per": "none"}), tmp_path / "run")
+    config = configure(tmp_path / "run", {"per": "none", "gate_steps": 11})
+    with pytest.raises(ValueError, match="expected gate_steps of at least the 12 steps .* got 11"):
+        run("fit", config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("loss", ["final", "steps"])
+def test_with_everything_computed_there_is_nothing_to_learn(
+    loss: str, configure: Configure, tmp_path: Path
+) -> None:
+    config = configure(tmp_path / "run", {"budget": 1.0}, {"loss": loss}, max_steps=4)
+    cli = run("fit", config, tmp_path / "run")
+    assert not bool(cli.model.predictions.corrections.any())
+    assert cli.model.plan().reused == 0
+    # the target was drawn with its conditioning in one product ahead of the loop, in float32
+    latents = cli.datamodule.first(16)["latents"]
+    assert watched(cli).errors[0] < 1e-8 * float(latents.square().mean())
 
 
 @pytest.mark.parametrize(
@@ -747,7 +786,7 @@ def test_nothing_to_train_is_refused(configure: Configure, tmp_path: Path) -> No
         ({}, "a budget or a speedup, got budget=None and speedup=None"),
         ({"budget": 0.5, "speedup": 2.0}, r"got budget=0\.5 and speedup=2\.0"),
         ({"speedup": 0.5}, r"a speedup of at least 1, got 0\.5"),
-        ({"budget": 0.1}, r"a budget of 0\.100 is below 0\.17\d of the compute"),
+        ({"budget": 0.1}, r"a budget of 0\.100 is below 0\.225 of the compute"),
         ({"budget": 0.0}, r"a budget of 0\.000 is below"),
         ({"budget": 1.5}, r"a budget in \(0, 1\], got 1\.5"),
         ({"budget": 0.5, "family": (0.1, 0.9)}, r"a budget of 0\.100 is below"),

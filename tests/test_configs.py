@@ -17,9 +17,11 @@ from lightning.pytorch.cli import LightningCLI
 from tests.conftest import tiny_dit
 from tests.fitting import ROOT, configuration, only_these_arguments, run, write_config
 from train import encode
+from train.budgeted import TrajectoryTraining
 from train.cli import main
 from train.diffusion import DiffusionTraining
 from train.module import RouterTraining
+from train.trajectories import Trajectories
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ENCODE = [path for path in CONFIGS if path.stem.startswith("encode_")]
@@ -71,20 +73,52 @@ def test_shipped_configuration_builds_what_it_says(path: Path, tmp_path: Path) -
     config = yaml.safe_load(path.read_text())
     config["trainer"] |= {"accelerator": "cpu", "default_root_dir": str(tmp_path)}
     settings = config["model"]["init_args"]
-    if config["model"]["class_path"] == "RouterTraining":
-        tiny_dit().save_pretrained(tmp_path / "dit")
+    if config["model"]["class_path"] in ("RouterTraining", "TrajectoryTraining"):
+        tiny_dit(depth=12).save_pretrained(tmp_path / "dit")
         settings["backbone"] = str(tmp_path / "dit")  # in place of the one that is not here
     cli = built(config, tmp_path)
-    if isinstance(cli.model, RouterTraining):
-        promised = re.search(r"ddim_(\d+)", path.stem)
+    if isinstance(cli.model, RouterTraining | TrajectoryTraining):
+        promised = re.search(r"(?:ddim|dpm)_(\d+)", path.stem)
         assert len(cli.model.schedule) == settings["evaluations"]
         assert promised is None or int(promised.group(1)) == settings["evaluations"]
+    if isinstance(cli.model, TrajectoryTraining):
+        assert_a_trajectory(cli, config)
+    if isinstance(cli.model, RouterTraining):
         assert cli.model.objective.penalty == settings["objective"]["init_args"]["penalty"]
     if isinstance(cli.model, RouterTraining | DiffusionTraining):
         parameters = [torch.nn.Parameter(torch.zeros(1))]
         (group,) = cli.model.optimizer_factory(parameters).param_groups
         assert group["lr"] == settings["optimizer"]["init_args"]["lr"]
         assert group["weight_decay"] == settings["optimizer"]["init_args"]["weight_decay"]
+
+
+def assert_a_trajectory(cli: LightningCLI, config: dict[str, Any]) -> None:
+    """The model keeps to its budget, and has the target samples of the same guidance."""
+    settings, data = config["model"]["init_args"], config["data"]["init_args"]
+    budget = settings["budget"] if "budget" in settings else 1 / settings["speedup"]
+    # one site of 24 in each of at least 10 evaluations, MLPs twice as large as attention
+    assert budget - 0.01 < cli.model.plan().share <= budget
+    for name, value in settings["objective"]["init_args"].items():
+        assert getattr(cli.model.objective, name) == value
+    for name in ("lr", "shift_lr", "gate_lr"):
+        rate = {"lr": "corrections", "shift_lr": "shift", "gate_lr": "logits"}[name]
+        assert name not in settings or cli.model.rates[rate] == settings[name]
+    assert isinstance(cli.datamodule, Trajectories)
+    for name, value in data.items():
+        assert getattr(cli.datamodule, name) == value
+    assert cli.datamodule.guidance_scale == cli.model.objective.guidance_scale
+
+
+TRAJECTORIES = [path for path in FIT if "TrajectoryTraining" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", TRAJECTORIES, ids=named)
+def test_target_samples_are_of_the_model_that_is_trained_for(path: Path) -> None:
+    written = yaml.safe_load(path.read_text())
+    model, data = written["model"]["init_args"], written["data"]["init_args"]
+    assert written["model"]["class_path"] == "TrajectoryTraining"
+    assert data["backbone"] == model["backbone"]
+    assert (ROOT / model["backbone"] / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", ENCODE, ids=named)
@@ -219,9 +253,11 @@ def test_the_command_line_wins_over_yaml(config: dict[str, Any], tmp_path: Path)
     [
         (["--model.help", "RouterTraining"], ["evaluations", "threshold", "clamp", "A site is"]),
         (["--model.help", "DiffusionTraining"], ["warmup_steps", "linear warm-up"]),
+        (["--model.help", "TrajectoryTraining"], ["budget", "gate_steps", "Share of the compute"]),
         (["--data.help", "Images"], ["validation_images", "Images per batch and process"]),
+        (["--data.help", "Trajectories"], ["guidance_scale", "Samples per shard"]),
     ],
-    ids=["RouterTraining", "DiffusionTraining", "Images"],
+    ids=["RouterTraining", "DiffusionTraining", "TrajectoryTraining", "Images", "Trajectories"],
 )
 def test_help_documents_arguments(
     options: list[str], documented: list[str], capsys: pytest.CaptureFixture[str]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import l2c
 from benchmarks import curves, frontier
+from benchmarks.bench import LOOKAHEAD, Bench, Options
 from benchmarks.distances import Distances, Space, extracted
-from benchmarks.frontier import Bench, Options
+from benchmarks.rows import Rows, choice_table, table
 from benchmarks.ways import METHODS, SETTINGS, Setting, Task, spread, trained, training_seconds
 from l2c.reuse import Reuse
-from train.calibration import measure
+from train.calibration import Changes, measure
 
 METHOD_NAMES = [name for name in METHODS if name != "dpm_2"]
 
@@ -108,10 +109,10 @@ def test_measures_every_method_resumes_and_draws(
         "frontier_choice.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    text = curves.table(rows)
+    text = table(rows)
     assert "TaylorSeer 2" in text and "l2c, seed 3" in text
-    assert "MSE to the converged sample" in curves.choice_table(rows)
-    assert "evaluations' time" in curves.choice_table(rows, "latency")
+    assert "MSE to the converged sample" in choice_table(rows)
+    assert "evaluations' time" in choice_table(rows, "latency")
 
 
 def test_fewer_samples_are_the_first_of_more(setting: Setting, tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_what_a_method_cannot_do_is_a_row_too(tmp_path: Path) -> None:
         methods=["dpm_pp_log_snr"],
     )
     assert "90 evaluations are too many for spacing log_snr" in rows[1]["unfit"]
-    assert "-" in curves.table(rows)
+    assert "-" in table(rows)
 
 
 def test_a_router_for_another_setting_is_refused(setting: Setting, tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_no_frontier_is_overwritten_by_mistake(tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="expected the results of a frontier in .*--out"):
-        frontier.Rows(path)
+        Rows(path)
 
 
 # --- ways ---
@@ -265,10 +266,10 @@ def test_every_method_fits_every_setting() -> None:
             continue
         model = models[setting.teacher]
         schedule = setting.schedule(model)
-        shape = (frontier.LOOKAHEAD, len(schedule), len(l2c.sites(model)))
+        shape = (LOOKAHEAD, len(schedule), len(l2c.sites(model)))
         g = torch.Generator().manual_seed(0)
-        table = torch.rand(shape, generator=g) + torch.arange(shape[0])[:, None, None]
-        changes = frontier.Changes(table, l2c.sites(model))
+        random = torch.rand(shape, generator=g) + torch.arange(shape[0])[:, None, None]
+        changes = Changes(random, l2c.sites(model))
         for budget in frontier.BUDGETS:
             task = Task(model, schedule, budget, lambda changes=changes: changes)
             for name, method in METHODS.items():

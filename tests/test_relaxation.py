@@ -106,9 +106,7 @@ def test_hard_concrete_is_the_stretched_concrete_of_its_noise() -> None:
 def test_hard_concrete_is_reproducible_by_its_generator() -> None:
     at = distances()
     relaxation = Relaxation("hard-concrete")
-    one, same, other = (
-        relaxation.weights(at, at > 0, 0.5, generator(seed)) for seed in (0, 0, 1)
-    )
+    one, same, other = (relaxation.weights(at, at > 0, 0.5, generator(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 

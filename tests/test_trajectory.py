@@ -174,9 +174,7 @@ def test_student_walks_a_uvit_too() -> None:
             uvit, schedule, batch, weights_of(compute), numbers_of(rule), 3
         )
     plan = routed(uvit, schedule, compute, rule).plan()
-    sampled = l2c.sample(
-        uvit, schedule, batch["labels"], 1.5, latents=batch["noise"], plan=plan
-    )
+    sampled = l2c.sample(uvit, schedule, batch["labels"], 1.5, latents=batch["noise"], plan=plan)
     assert torch.equal(student, sampled)  # no conditioning is computed ahead
 
 
@@ -347,9 +345,7 @@ def errors_by_hand(
     """Errors and gradients of each evaluation, written out for DDIM and one stream."""
     labels = batch["labels"]
     both = torch.cat([labels, torch.full_like(labels, model.null_label)])
-    layers = [
-        (block, name) for block in blocks_of(model) for name in ("attention", "feedforward")
-    ]
+    layers = [(block, name) for block in blocks_of(model) for name in ("attention", "feedforward")]
     x, history, found = batch["noise"], [[] for _ in layers], []
 
     def guided(x: Tensor, t: float) -> Tensor:

@@ -228,6 +228,11 @@ class TrajectoryTraining(L.LightningModule):
             raise ValueError('nothing is trained: give gate_steps, or per "channel" or "site"')
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         total = self.trainer.estimated_stepping_batches
+        if self.predictions.per == "none" and self.gate_steps < total:
+            raise ValueError(
+                f'nothing is trained after the gates, with per "none": expected gate_steps of at '
+                f"least the {total} steps of the training, got {self.gate_steps}"
+            )
 
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
@@ -287,7 +292,7 @@ class TrajectoryTraining(L.LightningModule):
             self.predictions.numbers,
             self.predictions.rule.order + 1,
         )
-        share = float(compute.mean())
+        share = Plan.of(compute.bool(), self.sites, self.predictions.rule, self.streams).share
         self.evaluated += round(share * len(self.schedule) * self._calls(batch))
         return (final - batch["latents"]).square().mean()
 
@@ -305,7 +310,8 @@ class TrajectoryTraining(L.LightningModule):
             final = self.objective.student(*plan, history, lazy)
             error = (final - batch["latents"]).square().mean()
             self._finite(error)
-            self.manual_backward(error)
+            if error.requires_grad:  # not where everything is computed
+                self.manual_backward(error)
         else:
             importance = self._weighting(plan, history)
             for part in self.objective.steps(*plan, history, importance, lazy):
@@ -404,6 +410,7 @@ class TrajectoryTraining(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Samples by the exported plan against the batch's."""
+        self._check(batch)
         fast = sample(
             self.frozen.model,
             self.schedule,
@@ -478,4 +485,4 @@ WRONG_DATA = (
     "the trajectory objective needs noise and the samples that it leads to; take Trajectories as "
     "data"
 )
-STATE = ("updates", "evaluated", "seconds", "measured", "scales", "offsets", "_importance")
+STATE = ("updates", "evaluated", "seconds", "measured", "_importance")
