@@ -94,7 +94,9 @@ def test_labels_are_the_classes_in_turn(settings: dict[str, Any]) -> None:
 
 def test_loaders_give_batches_under_their_names(settings: dict[str, Any]) -> None:
     data = opened(settings)
-    tensors = dict(zip(("noise", "latents", "labels"), data.parts["validation"].tensors))
+    tensors = dict(
+        zip(("noise", "latents", "labels"), data.parts["validation"].tensors, strict=True)
+    )
     batches = list(data.val_dataloader())
     assert [len(batch["labels"]) for batch in batches] == [5, 1]
     for name, whole in tensors.items():
