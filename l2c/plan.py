@@ -180,11 +180,11 @@ class Plan:
         streams: list[list[tuple[int, ...]]] = [[()] * len(self.sites) for _ in range(self.streams)]
         table = []
         for row, computed in enumerate(self.compute):
-            done = streams[row % self.streams]
+            done, history = streams[row % self.streams], self.reuse.history(row % self.streams)
             table.append(tuple(() if c else done[i] for i, c in enumerate(computed)))
             for i, c in enumerate(computed):
                 if c:
-                    done[i] = (row, *done[i])[: self.reuse.order + 1]
+                    done[i] = (row, *done[i])[:history]
         return tuple(table)
 
     @cached_property

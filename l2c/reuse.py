@@ -35,7 +35,8 @@ class Reuse:
             `1 + corrections[evaluation, site, i, channel]`, the last size 1 or all channels.
         shift: Learned, added to the prediction, [evaluation, site, channel].
         relative: In plans of two streams, extrapolate in the second one its difference to the
-            first, which changes less than either; what the first gives is added.
+            first, which changes less than either, by one degree less; what the first gives is
+            added.
 
     Raises:
         ValueError: If kind and order do not fit, or the tensors' shapes.
@@ -87,6 +88,10 @@ class Reuse:
     def name(self) -> str:
         """The name of the extrapolation, without what was learned."""
         return self.kind if self.kind == "copy" else f"{self.kind}-{self.order}"
+
+    def history(self, stream: int = 0) -> int:
+        """How many outputs of a stream an output is formed from at most."""
+        return max(1, self.order) if self.relative and stream else self.order + 1
 
     @property
     def learned(self) -> bool:

@@ -59,7 +59,7 @@ class TrajectoryTraining(L.LightningModule):
         granularity: A gate for each "site", "block" or whole "evaluation".
         relaxation: How gradients reach the gates.
         lr: Learning rate of the corrections, of Adam, after a warm-up, falling to 0 in half a
-            cosine.
+            cosine; see `Predictions` for its unit.
         shift_lr: The same of the shift, in shares of an output's root mean square.
         gate_lr: The same of the gates' logits.
         warmup_steps: Steps of linear warm-up.
@@ -90,7 +90,7 @@ class TrajectoryTraining(L.LightningModule):
         granularity: str = "evaluation",
         relaxation: Relaxation | None = None,
         lr: float = 0.03,
-        shift_lr: float = 0.003,
+        shift_lr: float = 0.001,
         gate_lr: float = 0.05,
         warmup_steps: int = 10,
         seed: int = 0,

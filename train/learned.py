@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from l2c.reuse import Mixture, Reuse, mixture
 from l2c.site import Sites
 
+STEPS = (0.03, 1.0, 3.0, 3.0)  # of a term's correction, in units of the learning rate
+
 
 class Predictions(nn.Module):
     """Corrections to an extrapolation and a shift, for each row, site and channel of a plan.
+
+    A term's parameters are multiplied by `STEPS`, so that a step of an optimizer that makes all
+    steps alike changes a prediction about as much whichever term it is: the first term is the last
+    output itself, and the others are much smaller.
 
     Args:
         rule: The extrapolation.
@@ -40,6 +46,7 @@ class Predictions(nn.Module):
         self.streams = streams
         width = widths[0] if per == "channel" else 1
         empty = torch.zeros(rows, len(sites), rule.order + 1, width)
+        self.steps = torch.tensor(STEPS[: rule.order + 1])[:, None]  # [term, 1]
         self.corrections = nn.Parameter(empty, requires_grad=per != "none")
         flat = torch.zeros(rows, len(sites), widths[0] if len(widths) == 1 else 1)
         self.shift = nn.Parameter(flat, requires_grad=shift and per != "none")
@@ -49,7 +56,9 @@ class Predictions(nn.Module):
 
     def numbers(self, row: int, site: int, sources: list[int]) -> Mixture:
         """How a reused output of a row is formed of evaluations' outputs, differentiable."""
-        correction = self.corrections[row, site] if self.corrections.requires_grad else None
+        correction = None
+        if self.corrections.requires_grad:
+            correction = self.corrections[row, site] * self.steps.to(self.corrections)
         shift = None
         if self.shift.requires_grad:
             shift = self.shift[row, site] * self.scales.to(self.shift)[site]
@@ -57,7 +66,9 @@ class Predictions(nn.Module):
 
     def reuse(self) -> Reuse:
         """The rule with what was learned so far."""
-        corrections = self.corrections.detach().cpu() if self.corrections.requires_grad else None
+        corrections = None
+        if self.corrections.requires_grad:
+            corrections = (self.corrections * self.steps.to(self.corrections)).detach().cpu()
         shift = None
         if self.shift.requires_grad:
             shift = (self.shift * self.scales.to(self.shift)[:, None]).detach().cpu()

@@ -15,7 +15,7 @@ UNCONDITIONAL = 0.3  # share of the calls that the second stream gets to start w
 
 def evenly(count: int, evaluations: int) -> list[int]:
     """`count` of so many evaluations, the first among them, evenly spread."""
-    return sorted({i * evaluations // count for i in range(count)})
+    return sorted({round(i * evaluations / count) for i in range(count)})
 
 
 def spread(count: int, rows: int, streams: int = 1) -> list[int]:

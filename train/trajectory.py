@@ -199,7 +199,8 @@ class Trajectory:
             base, wanted = (given, None) if stream else (None, given)
             now = weights(number)
             kept = outputs[stream]
-            with gated(model, kept, now, mixture, row, history, lazy, base, wanted):
+            longest = max(1, history - 1) if stream else history  # as Reuse.history says
+            with gated(model, kept, now, mixture, row, longest, lazy, base, wanted):
                 parts.append(self._call(model, inputs, t, part))
         out = torch.cat(parts)
         return guide(out, self.guidance_scale) if len(out) > len(x) else out
