@@ -31,7 +31,7 @@ from train.budgeted import TrajectoryTraining
 from train.trajectory import Trajectory
 
 Configure = Callable[..., dict[str, Any]]
-LR = {"lr": 0.3, "shift_lr": 0.1, "warmup_steps": 2}
+LR = {"lr": 1.0, "shift_lr": 0.3, "warmup_steps": 2}
 
 
 class Watch(L.Callback):
@@ -169,7 +169,8 @@ def configure(given: Path) -> Configure:
 def fitted(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A run of 12 steps, and its folder."""
     folder = tmp_path_factory.mktemp("fitted") / "run"
-    return run("fit", configure(folder, logger=logger(folder)), folder), folder
+    config = configure(folder, logger=logger(folder), num_sanity_val_steps=-1)
+    return run("fit", config, folder), folder
 
 
 # --- budgets ---
@@ -391,7 +392,7 @@ def test_numbers_are_learned_per_channel_or_site(
 
 
 def test_training_lowers_the_error(fitted: tuple[Any, Path]) -> None:
-    first, _, last = watched(fitted[0]).errors
+    first, *_, last = watched(fitted[0]).errors  # from before training on
     assert last < 0.8 * first
 
 
@@ -409,8 +410,9 @@ def test_training_lowers_the_error_in_other_ways(
     model: dict[str, Any], objective: dict[str, Any], configure: Configure, tmp_path: Path
 ) -> None:
     data = {"guidance_scale": objective.get("guidance_scale", 1.5)}
-    config = configure(tmp_path / "run", model, objective, data)
-    first, _, last = watched(run("fit", config, tmp_path / "run")).errors
+    trainer = {"val_check_interval": 12, "num_sanity_val_steps": -1}
+    config = configure(tmp_path / "run", model, objective, data, **trainer)
+    first, last = watched(run("fit", config, tmp_path / "run")).errors
     assert last < 0.8 * first
 
 
@@ -548,23 +550,43 @@ def test_model_evaluations_are_what_was_computed(
 # --- the router's file ---
 
 
-def test_the_exported_router_samples_as_the_module(fitted: tuple[Any, Path]) -> None:
-    cli, folder = fitted
-    module, data = cli.model, cli.datamodule
-    router = Router.load(folder / "router.safetensors", module.frozen.model, module.schedule)
-    plan = router.plan()
-    assert plan.compute == module.plan().compute
+def assert_equal_numbers(module: TrajectoryTraining, plan: l2c.Plan) -> None:
+    """A plan forms every reused output from the numbers that the module trains, bit for bit."""
     reused = 0
     for row, table in enumerate(plan.mixtures):
         for site, numbers in enumerate(table):
             if numbers is None:
                 continue
             reused += 1
-            mine = module.predictions.numbers(row, site, list(plan.sources[row][site]))
+            sources = [source // plan.streams for source in plan.sources[row][site]]
+            mine = module.predictions.numbers(row, site, sources)
             assert torch.equal(mine.shift, numbers.shift)
             for one, other in zip(mine.coefficients, numbers.coefficients, strict=True):
                 assert torch.equal(one, other)
     assert reused == plan.reused > 0
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("reuse", ["copy", "taylor-2", "newton-3"])
+def test_the_exported_plan_has_the_numbers_of_the_module(
+    reuse: str, streams: int, dit_folder: Path
+) -> None:
+    objective = Trajectory(streams=streams)
+    module = TrajectoryTraining(str(dit_folder), 8, budget=0.5, reuse=reuse, objective=objective)
+    g = torch.Generator().manual_seed(0)
+    module.predictions.scales = torch.rand(6, generator=g)
+    for parameter in (module.predictions.corrections, module.predictions.shift):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=g))
+    assert_equal_numbers(module, module.plan())
+
+
+def test_the_exported_router_samples_as_the_module(fitted: tuple[Any, Path]) -> None:
+    cli, folder = fitted
+    module, data = cli.model, cli.datamodule
+    router = Router.load(folder / "router.safetensors", module.frozen.model, module.schedule)
+    plan = router.plan()
+    assert plan.compute == module.plan().compute
+    assert_equal_numbers(module, plan)
     noise, latents, labels = data.parts["validation"].tensors
     sampled = l2c.sample(
         module.frozen.model, module.schedule, labels, 1.5, latents=noise, router=router
@@ -595,7 +617,7 @@ def test_the_router_says_where_it_comes_from(fitted: tuple[Any, Path]) -> None:
     assert provenance["objective"]["loss"] == "final"
     assert provenance["optimizer_steps"] == 12
     assert provenance["batch_size"] == 4
-    assert provenance["rates"]["corrections"] == 0.3
+    assert provenance["rates"]["corrections"] == 1.0
     assert provenance["learned"] == {"per": "channel", "shift": True}
     assert provenance["l2c"] == l2c.__version__
     assert provenance["target"] == cli.datamodule.described()
@@ -643,7 +665,8 @@ def test_a_uvit_is_trained_too(solver: str, configure: Configure, tmp_path: Path
     model = {"backbone": str(tmp_path / "uvit"), "solver": solver, "lr": 0.01, "shift_lr": 0.003}
     folder = tmp_path / "run"
     data = {"solver": solver, "folder": str(tmp_path / "samples")}
-    cli = run("fit", configure(folder, model, {}, data, max_steps=8), folder)
+    trainer = {"max_steps": 8, "val_check_interval": 8, "num_sanity_val_steps": -1}
+    cli = run("fit", configure(folder, model, {}, data, **trainer), folder)
     before, after = watched(cli).errors
     assert after < before
     router = Router.load(folder / "router.safetensors", l2c.load(tmp_path / "uvit"))
@@ -806,3 +829,9 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         TrajectoryTraining(str(dit_folder), 6, **settings)
+
+
+def test_data_of_another_guidance_are_refused(configure: Configure, tmp_path: Path) -> None:
+    config = configure(tmp_path / "run", {}, {"guidance_scale": 2.0}, {"guidance_scale": 1.5})
+    with pytest.raises(ValueError, match=r"guidance scale 2\.0, got 1\.5"):
+        run("fit", config, tmp_path / "run")

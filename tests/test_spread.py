@@ -218,5 +218,5 @@ def test_searching_moves_rows_between_two_streams() -> None:
         wrong = len(set(chosen) ^ target)
         return wrong + 0.01 * abs(sum(chosen) - sum(target))
 
-    found = searched([0, 1, 2, 5], 12, error, streams=2)
+    found = searched([0, 1, 2, 4], 12, error, streams=2)  # one more unconditional row
     assert set(found) == target

@@ -254,6 +254,11 @@ class TrajectoryTraining(L.LightningModule):
         data = self.trainer.datamodule
         if not hasattr(data, "first"):
             raise ValueError(WRONG_DATA)
+        if data.guidance_scale != self.objective.guidance_scale:
+            raise ValueError(
+                f"expected data of the objective's guidance scale {self.objective.guidance_scale}, "
+                f"got {data.guidance_scale}; give both the same"
+            )
         batch = self._moved(data.first(max(16, data.batch_size)))
         self._check(batch)
         model, schedule = self.frozen.model, self.schedule

@@ -65,6 +65,8 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
     # Lightning knows only stateful loaders as resumable; the order of Images is a function of where
     # the trainer stands.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+    # TrajectoryTraining steps its optimizer once per batch, so counting steps is right.
+    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
     trainer_defaults: dict[str, Any] = {
         "use_distributed_sampler": False,  # Images deals the data out to the processes itself
         "callbacks": [Interrupt()],
