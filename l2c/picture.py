@@ -17,25 +17,34 @@ if TYPE_CHECKING:
 
 
 def router_figure(router: Router) -> Figure:
-    """The scores as a heat map, evaluations downwards, with each evaluation's compute beside it.
+    """A heat map, evaluations downwards, with each evaluation's compute beside it.
 
-    Sites are grouped by kind (all attention, then all MLP), in the order of the blocks.
-    Evaluations that the router does not decide about are hatched.
+    It shows the scores, of a router with a budget, whose scores are only an order, how old the
+    newest output is that a reused one is formed from. Sites are grouped by kind (all attention,
+    then all MLP), in the order of the blocks. Evaluations that the router does not decide about are
+    hatched; where it decides about the two predictions of guidance separately, each evaluation has
+    a row for the conditional and one for the unconditional below it.
     """
     from matplotlib.figure import Figure
 
     kinds = [site.name.rpartition(".")[2] for site in router.sites]
     order = sorted(range(len(kinds)), key=lambda i: (kinds.index(kinds[i]), i))
-    scores = router.scores[:, order].clone()
-    scores[~router.gated] = torch.nan
-    rows, columns = scores.shape
     plan = router.plan()
+    if router.budget is None:
+        shown, highest, colours = router.scores[:, order].clone(), 1.0, "viridis"
+        label = f"score (computed above {router.threshold:g})"
+    else:
+        shown = torch.tensor(plan.ages, dtype=torch.float32)[:, order]
+        highest, colours = max(1.0, float(shown.max())), "viridis_r"
+        label = "evaluations since it was computed"
+    shown[~router.gated] = torch.nan
+    rows, columns = shown.shape
 
     height = min(12.0, 1.8 + 0.22 * rows)
     figure = Figure(figsize=(min(14.0, 4.5 + 0.13 * columns), height), layout="constrained")
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
     heat.set_facecolor("0.93")
-    image = heat.imshow(scores.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    image = heat.imshow(shown.numpy(), aspect="auto", vmin=0, vmax=highest, cmap=colours)
     for row in (~router.gated).nonzero().flatten().tolist():
         heat.axhspan(row - 0.5, row + 0.5, facecolor="0.93", edgecolor="0.8", hatch="////", lw=0)
     starts = [i for i, k in enumerate(order) if i == 0 or kinds[k] != kinds[order[i - 1]]]
@@ -46,11 +55,17 @@ def router_figure(router: Router) -> Figure:
     heat.set_xlabel("block, in calling order")
     heat.set_ylabel("evaluation (first: most noise)")
     heat.yaxis.get_major_locator().set_params(integer=True)
+    if router.streams > 1:
+        step = max(1, len(plan) // 10)
+        heat.set_yticks(
+            [router.streams * e for e in range(0, len(plan), step)],
+            [str(e) for e in range(0, len(plan), step)],
+        )
     for start, end in zip(starts, ends, strict=True):
         heat.text((start + end - 1) / 2, -0.9, kinds[order[start]], ha="center", va="bottom")
         if start:
             heat.axvline(start - 0.5, color="white", lw=1.5)
-    figure.colorbar(image, ax=heat, label=f"score (computed above {router.threshold:g})")
+    figure.colorbar(image, ax=heat, label=label)
     bars.barh(range(rows), [100 * share for share in plan.shares], color="0.45", height=0.8)
     bars.set_xlim(0, 100)
     bars.set_xlabel("% computed")

@@ -119,7 +119,11 @@ def text(router: Router, plan: Plan, profile: Profile | None, by: dict[str, floa
         "rule": str(plan.reuse),
         "cache": f"{plan.cache_bytes() / 2**20:.2f} MiB per sample in float32",
         "cache age": "; ".join(ages),
-        "unsaturated": f"{router.unsaturated:.1%} of the gated scores lie in (0.05, 0.95)",
+    }
+    if router.budget is None:  # with one, scores are only an order
+        share = f"{router.unsaturated:.1%}"
+        lines["unsaturated"] = f"{share} of the gated scores lie in (0.05, 0.95)"
+    lines |= {
         "updates": _updates(router.updates[gated]),
     }
     if untrained := _never_trained(router):
