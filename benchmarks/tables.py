@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import FOLDER
+from benchmarks.rows import COLUMNS, fit, ours, title
 from l2c.files import replacing
 from train.report import LABELS
 
@@ -145,6 +146,25 @@ def true_size() -> str:
     )
 
 
+def frontier() -> str:
+    """Every method of the frontier at a quarter of the compute."""
+    rows = [row for row in fit(results("frontier")["rows"]) if row["budget"] in (0.25, 1.0)]
+    lines = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        here = [row for row in rows if row["setting"] == setting]
+        for row in sorted(here, key=lambda row: (row["method"] != "uncached", row["mse"])):
+            name = f"**{title(row)}**" if ours(row) else title(row)
+            values = ((get(row), form) for get, form in (COLUMNS[key] for key in SHOWN))
+            cells = ("-" if v is None else form.format(v) for v, form in values)
+            lines.append([setting, name, *cells])
+    samples = sorted({row["samples"] for row in rows})
+    return (
+        f"{markdown(['setting', 'method', *SHOWN], lines)}\n\n"
+        f"{' and '.join(map(str, samples))} samples from the same noise in each setting "
+        f"(g: guidance scale), {_device(results('frontier'))}."
+    )
+
+
 def _reused(row: dict[str, Any]) -> str:
     share = row["all_reused_over_full"]
     return "-" if share is None else f"{share:.1%}"
@@ -154,7 +174,9 @@ def _device(measured: dict[str, Any]) -> str:
     return f"{measured['machine']['device']}, {measured['machine']['threads']} threads"
 
 
+SHOWN = ("share", "latency", "MSE", "to converged", "Frechet", "agreement")
 TABLES = {
+    "frontier": frontier,
     "routers": routers,
     "sampling": sampling,
     "training": training,
