@@ -21,6 +21,7 @@ from train.report import Way, compare, equal_cost, table, ways
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 SHIPPED = {
     "fashion_mnist_dit_ddim_20": "fashion_mnist_dit",
+    "fashion_mnist_dit_ddim_20_quarter": "fashion_mnist_dit",
     "fashion_mnist_dit_ddim_50": "fashion_mnist_dit",
     "fashion_mnist_uvit_dpm_20": "fashion_mnist_uvit",
     "fashion_mnist_uvit_dpm_50": "fashion_mnist_uvit",

@@ -53,7 +53,7 @@ SOLVERS = {"ddim": "DDIM", "dpm": "DPM-Solver-2", "dpm_solver_2": "DPM-Solver-2"
 
 
 def _plain(name: str, way: str) -> str:
-    _, solver, evaluations = name.rsplit("_", 2)
+    _, solver, evaluations = name.removesuffix("_quarter").rsplit("_", 2)
     steps = re.fullmatch(r"(\d+) steps", way)
     if way == "uncached":
         return f"{SOLVERS[solver]}, {evaluations}, uncached"

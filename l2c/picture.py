@@ -51,7 +51,7 @@ def router_figure(router: Router) -> Figure:
     ends = [*starts[1:], columns]
     every = max(1, columns // 20)
     ticks = [i for start, end in zip(starts, ends, strict=True) for i in range(start, end, every)]
-    heat.set_xticks(ticks, [str(i - max(s for s in starts if s <= i)) for i in ticks])
+    heat.set_xticks(ticks, [str(i - max(s for s in starts if s <= i)) for i in ticks], fontsize=8)
     heat.set_xlabel("block, in calling order")
     heat.set_ylabel("evaluation (first: most noise)")
     heat.yaxis.get_major_locator().set_params(integer=True)
