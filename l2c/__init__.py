@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from l2c.noise import Flow as Flow
     from l2c.noise import Noise as Noise
     from l2c.plan import Plan as Plan
+    from l2c.profile import Profile as Profile
+    from l2c.reuse import Reuse as Reuse
     from l2c.router import Router as Router
     from l2c.sampling import sample as sample
     from l2c.schedule import Schedule as Schedule
@@ -32,6 +34,8 @@ _HOMES = {
     "load": "loading",
     "Noise": "noise",
     "Plan": "plan",
+    "Profile": "profile",
+    "Reuse": "reuse",
     "Router": "router",
     "sample": "sampling",
     "Schedule": "schedule",

@@ -121,8 +121,7 @@ def text(router: Router, plan: Plan, profile: Profile | None, by: dict[str, floa
         "cache age": "; ".join(ages),
     }
     if router.budget is None:  # with one, scores are only an order
-        share = f"{router.unsaturated:.1%}"
-        lines["unsaturated"] = f"{share} of the gated scores lie in (0.05, 0.95)"
+        lines["unsaturated"] = f"{router.unsaturated:.1%} of the gated scores lie in (0.05, 0.95)"
     lines |= {
         "updates": _updates(router.updates[gated]),
     }
