@@ -12,10 +12,15 @@ from train import machine
 FOLDER = Path(__file__).parent / "results"
 
 
+def path_of(name: str, device: str) -> Path:
+    """Where a measurement on a device is written."""
+    kind = "" if device == "cpu" else f"-{device.partition(':')[0]}"
+    return FOLDER / f"{name}{kind}.json"
+
+
 def write(name: str, device: str, seed: int, **figures: Any) -> Path:
     """Write a measurement as JSON, with the machine, versions, seed and command."""
-    kind = "" if device == "cpu" else f"-{device.partition(':')[0]}"
-    path = FOLDER / f"{name}{kind}.json"
+    path = path_of(name, device)
     content = {**figures, "seed": seed, "machine": machine.described(device)}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -8,6 +8,7 @@ evaluations, spread evenly.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,13 @@ def rivals(model: Any, router: l2c.Router, guidance_scale: float) -> dict[str, W
     found = {"uniform reuse": way(full, plan)}
     for solver, title in (("ddim", "DDIM"), ("dpm_solver_pp_2m", "DPM-Solver++ 2M")):
         if solver != full.solver:
-            other = l2c.Schedule.of(solver, evaluations, noise=model.noise)
-            found[f"{title}, {evaluations}"] = way(other)
+            name = f"{title}, {evaluations}"
+            try:
+                other = l2c.Schedule.of(solver, evaluations, noise=model.noise)
+            except ValueError:  # so many timesteps evenly in log-SNR would coincide
+                other = l2c.Schedule.of(solver, evaluations, spacing="trailing", noise=model.noise)
+                name += ", trailing"
+            found[name] = way(other)
     return found
 
 
@@ -70,10 +76,20 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument(
+        "--only", nargs="+", choices=SHIPPED, help="keep the figures of the others, made alike"
+    )
     options = parser.parse_args()
     judge = Judge(CHECKPOINTS / "fashion_mnist_classifier")
-    figures = {}
+    settings = {
+        "samples": options.samples,
+        "batch": options.batch_size,
+        "guidance_scale": options.guidance_scale,
+    }
+    figures = kept(settings, options.device) if options.only else {}
     for name, teacher in SHIPPED.items():
+        if options.only and name not in options.only:
+            continue
         model = l2c.load(CHECKPOINTS / teacher).to(options.device)
         router = l2c.Router.load(CHECKPOINTS / f"{name}.safetensors", model)
         chosen = ways(model, router, options.guidance_scale)
@@ -81,15 +97,27 @@ def main() -> None:
         measured, _ = compare(model, chosen, judge, options.samples, options.batch_size, 1234)
         figures[name] = measured
         print(name, table(measured), sep="\n", end="\n\n")
-    results.write(
-        "routers",
-        options.device,
-        1234,
-        samples=options.samples,
-        batch=options.batch_size,
-        guidance_scale=options.guidance_scale,
-        routers=figures,
-    )
+        # After each, so that an interrupted run leaves what it has measured.
+        ordered = {name: figures[name] for name in SHIPPED if name in figures}
+        results.write("routers", options.device, 1234, **settings, routers=ordered)
+
+
+def kept(settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """The figures of an earlier run.
+
+    Raises:
+        ValueError: If it was made with other settings, or there is none.
+    """
+    path = results.path_of("routers", device)
+    if not path.is_file():
+        raise ValueError(f"expected {path} of an earlier run; leave out --only")
+    before = json.loads(path.read_text())
+    differing = [key for key, value in settings.items() if before[key] != value]
+    if differing:
+        raise ValueError(
+            f"{path} was made with other {', '.join(differing)}; give the same, or leave out --only"
+        )
+    return dict(before["routers"])
 
 
 if __name__ == "__main__":

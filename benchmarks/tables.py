@@ -170,6 +170,41 @@ def _reused(row: dict[str, Any]) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
+def executor(measured: dict[str, Any] | None = None) -> str:
+    """What a plan's evaluations cost beside what they compute."""
+    measured = measured or results("executor")
+    alone = [
+        [
+            row["model"],
+            str(row["batch"]),
+            row["rule"],
+            f"{row['share']:.1%}",
+            f"{row['reused_over_full']:.1%}",
+            f"{row['one_by_one_over_full']:.1%}",
+        ]
+        for row in measured["reused"]
+    ]
+    whole = [
+        [
+            row["model"],
+            str(row["batch"]),
+            row["plan"],
+            f"{row['share']:.3f}",
+            f"{row['measured']:.3f}",
+            f"{row['efficiency']:.0%}",
+        ]
+        for row in measured["sampled"]
+    ]
+    alone_head = ["an evaluation that reuses all", "batch", "rule", "predicted", "measured"]
+    whole_head = ["sampling", "batch", "plan", "predicted", "measured", "efficiency"]
+    return (
+        f"{markdown([*alone_head, 'one by one'], alone)}\n\n{markdown(whole_head, whole)}\n\n"
+        "In shares of a full evaluation and of sampling without a plan, with guidance; predicted "
+        "are multiply-accumulates, and efficiency is predicted over measured. Medians of "
+        f"{measured['rounds']} rounds, {_device(measured)}."
+    )
+
+
 def _device(measured: dict[str, Any]) -> str:
     return f"{measured['machine']['device']}, {measured['machine']['threads']} threads"
 
@@ -182,6 +217,7 @@ TABLES = {
     "training": training,
     "teacher": teacher,
     "true_size": true_size,
+    "executor": executor,
 }
 
 

@@ -4,12 +4,13 @@
 `l2c convert` (or from training). For each, the model of its configuration draws one image with
 guidance, by the router's plan and without it. The two runs advance together, an evaluation of the
 one after an evaluation of the other in changing order, so that whatever else the machine does falls
-on both.
+on both. Routers that are not named keep the rows of an earlier run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -119,7 +120,11 @@ def main() -> None:
             f"{row['predicted_speedup']:.3f}x, measured {row['measured_speedup']:.3f}x, "
             f"{row['measured_over_predicted']:.1%} of predicted"
         )
-    results.write("true_size", options.device, 0, rows=rows)
+    path = results.path_of("true_size", options.device)
+    before = json.loads(path.read_text())["rows"] if path.is_file() else []
+    measured = {row["router"] for row in rows}
+    rows = [row for row in before if row["router"] not in measured] + rows
+    results.write("true_size", options.device, 0, rows=sorted(rows, key=lambda r: r["router"]))
 
 
 if __name__ == "__main__":

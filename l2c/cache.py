@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l2c.attach import Call, attached
+from l2c.attach import Call, attached, replaced, residual
+from l2c.conditioning import ahead
 from l2c.plan import NEVER, Plan
 from l2c.reuse import Mixture
+from l2c.runs import Runs
 from l2c.site import sites
+from l2c.sums import Sums
 
 
 class Cache:
@@ -21,6 +24,9 @@ class Cache:
         plan: What each evaluation computes.
         streams: How many calls of the model make up an evaluation, each with outputs of its own:
             2 where the conditional and the unconditional prediction are separate calls.
+
+    Attributes:
+        sums: What the runs of reused sites add; None where sites are reused one by one.
     """
 
     def __init__(self, plan: Plan, streams: int | None = None) -> None:
@@ -35,6 +41,7 @@ class Cache:
         self.plan = plan if plan.streams == streams else plan.repeated(streams)
         self.streams: tuple[dict[int, dict[int, Any]], ...] = tuple({} for _ in range(streams))
         self.lent: dict[int, Any] = {}
+        self.sums: Sums | None = None
         self._mixtures: dict[tuple[int, int], Mixture] = {}
         self.calls = 0
         self._running = False
@@ -61,13 +68,30 @@ class Cache:
         """Let go of the kept outputs."""
         for outputs in (*self.streams, self.lent):
             outputs.clear()
+        if self.sums is not None:
+            self.sums.clear()
+
+    def find_runs(self, model: nn.Module) -> None:
+        """Apply runs in one pass, if the model says how and its gates are known beforehand."""
+        adding, known = residual(model), ahead(model)
+        if adding is None or known is None or known.calls != len(self.plan.compute):
+            return
+        if len(set(known.sizes)) > 1:
+            return  # an output weighs on calls to come, sample by sample
+        runs = Runs.of(self.plan, adding.begins, bool(adding.gates))
+        if runs.runs:
+            self.sums = Sums(runs, adding, known.gates(adding), next(model.parameters()).device)
 
     def wrap_forward(self, forward: Call) -> Call:
-        """Count the model's calls."""
+        """Count the model's calls, and leave out blocks that compute nothing."""
 
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             self._begin(next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None))
-            out = forward(*args, **kwargs)
+            if self.sums is None:
+                out = forward(*args, **kwargs)
+            else:
+                with replaced(*self.sums.blocks(self.calls)):
+                    out = forward(*args, **kwargs)
             self._running = False
             self.calls += 1
             return out
@@ -94,10 +118,14 @@ class Cache:
         self._shape = shape
         self._running = True
 
+    @property
+    def _tables(self) -> Plan | Runs:
+        return self.plan if self.sums is None else self.sums.runs
+
     def _mixture(self, row: int, index: int, like: Tensor) -> Mixture:
         # On the device of the first run for good: what was learned moves there once.
         if (row, index) not in self._mixtures:
-            numbers = self.plan.mixtures[row][index]
+            numbers = self._tables.mixtures[row][index]
             assert numbers is not None
             self._mixtures[row, index] = numbers.to(like)
         return self._mixtures[row, index]
@@ -107,33 +135,56 @@ class Cache:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             row, kept = self.calls, self.outputs.setdefault(index, {})
-            plan = self.plan
+            plan = self._tables
             # What the other stream gave in this evaluation, if this one is kept relative to it.
             base = self.lent.pop(index, None)
-            if plan.compute[row][index]:
+            if self.plan.compute[row][index]:
                 out = call(*args, **kwargs)
+                if self.sums is not None:
+                    self.sums.add(row, index, out)
                 if plan.last_read[row][index] != NEVER:
                     kept[row] = out if base is None else out - base
             else:
                 sources = plan.sources[row][index]
-                out = self._mixture(row, index, kept[sources[0]]).apply([kept[s] for s in sources])
+                # Of its own stream, but where runs are used and the rule is for differences.
+                held = [self.streams[s % self.plan.streams][index] for s in sources]
+                read = [outputs[s] for outputs, s in zip(held, sources, strict=True)]
+                out = self._mixture(row, index, read[0]).apply(read)
                 out = out if base is None else out + base
-                for source in sources:
+                for outputs, source in zip(held, sources, strict=True):
                     if plan.last_read[source][index] == row:  # nothing reads it again
-                        del kept[source]
+                        del outputs[source]
             if plan.lent[row][index]:
                 self.lent[index] = out
             return out
 
         return run
 
+    def wrap_join(self, index: int, call: Call) -> Call:
+        """Add a site's output to the tokens, or that of the whole run that begins with it."""
+        sums = self.sums
+        assert sums is not None
+
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if sums.runs.at[self.calls][index] is None:
+                return call(x, *args, **kwargs)
+            return sums.onto(x, self.calls, index)
+
+        return run
+
 
 @contextmanager
-def cached(model: nn.Module, plan: Plan, streams: int | None = None) -> Iterator[Cache]:
+def cached(
+    model: nn.Module, plan: Plan, streams: int | None = None, runs: bool = True
+) -> Iterator[Cache]:
     """Run a model by a plan inside a `with` block; on exit, also by an error, it is as before.
 
     Every `streams` calls of the model are one evaluation of the plan. One generation runs at a
     time; call `reset()` on the yielded cache before the next one.
+
+    Inside of `l2c.conditioning.prepared`, as in `sample`, consecutive reused sites are applied in
+    one pass (see `l2c.runs`), which adds up in another order than one after the other. Elsewhere,
+    or with `runs=False`, results are those of `train.gates` bit for bit.
 
     Args:
         model: A backbone whose sites are the plan's.
@@ -141,6 +192,7 @@ def cached(model: nn.Module, plan: Plan, streams: int | None = None) -> Iterator
         streams: Calls per evaluation, which come in the same order every time and share no
             output: 2 for guidance in two calls, conditional and unconditional. By default the
             plan's own.
+        runs: Apply consecutive reused sites in one pass, where that can be done and saves time.
 
     Raises:
         ValueError: If the plan is for other sites or streams, or the model is cached already.
@@ -154,8 +206,11 @@ def cached(model: nn.Module, plan: Plan, streams: int | None = None) -> Iterator
             f"{plan.sites[len(plan.sites) - 1].name}"
         )
     cache = Cache(plan, streams)
+    if runs:
+        cache.find_runs(model)
+    wrap_join = None if cache.sums is None else cache.wrap_join
     try:
-        with attached(model, cache.wrap_site, cache.wrap_forward):
+        with attached(model, cache.wrap_site, cache.wrap_forward, wrap_join):
             yield cache
     finally:
         cache.clear()

@@ -89,6 +89,15 @@ class DiTBlock(nn.Module):
         out: Tensor = self.mlp(modulate(self.norm2(x), shift, scale))
         return out
 
+    def add_attention(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """Tokens with the gated attention output added, [B, T, D]."""
+        # In one pass: it is most of what a reused sub-layer costs.
+        return torch.addcmul(x, gate.unsqueeze(1), self.attention(x, shift, scale))
+
+    def add_feedforward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """Tokens with the gated MLP output added, [B, T, D]."""
+        return torch.addcmul(x, gate.unsqueeze(1), self.feedforward(x, shift, scale))
+
     def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of both sub-layers, [B, D] each, from the conditioning [B, D]."""
         parts: tuple[Tensor, ...] = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -97,9 +106,8 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens [B, T, D] under the conditioning [B, D] to tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        # In one pass each: it is most of what a reused sub-layer costs.
-        x = torch.addcmul(x, gate1.unsqueeze(1), self.attention(x, shift1, scale1))
-        return torch.addcmul(x, gate2.unsqueeze(1), self.feedforward(x, shift2, scale2))
+        x = self.add_attention(x, shift1, scale1, gate1)
+        return self.add_feedforward(x, shift2, scale2, gate2)
 
 
 class FinalLayer(nn.Module):

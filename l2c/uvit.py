@@ -28,7 +28,8 @@ PATCHES = (2, 4)
 class UViTBlock(nn.Module):
     """Attention and MLP on normed tokens; an out-block first merges its in-block's output.
 
-    `attention` and `feedforward` are the two cacheable sub-layers, each with its norm.
+    `attention` and `feedforward` are the two cacheable sub-layers, each with its norm;
+    `add_attention` and `add_feedforward` add their outputs to the tokens.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, skip: bool) -> None:
@@ -49,13 +50,20 @@ class UViTBlock(nn.Module):
         out: Tensor = self.mlp(self.norm2(x))
         return out
 
+    def add_attention(self, x: Tensor) -> Tensor:
+        """Tokens with the attention output added, [B, T, D]."""
+        return x + self.attention(x)
+
+    def add_feedforward(self, x: Tensor) -> Tensor:
+        """Tokens with the MLP output added, [B, T, D]."""
+        return x + self.feedforward(x)
+
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Tokens [B, T, D], in an out-block with those of its in-block, to tokens."""
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attention(x)
-        return x + self.feedforward(x)
+        return self.add_feedforward(self.add_attention(x))
 
 
 class UViT(Backbone):
