@@ -206,7 +206,8 @@ def executor(measured: dict[str, Any] | None = None) -> str:
 
 
 def _device(measured: dict[str, Any]) -> str:
-    return f"{measured['machine']['device']}, {measured['machine']['threads']} threads"
+    count = measured["machine"]["threads"]
+    return f"{measured['machine']['device']}, {count} thread{'' if count == 1 else 's'}"
 
 
 SHOWN = ("share", "latency", "MSE", "to converged", "Frechet", "agreement")
