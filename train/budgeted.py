@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from l2c.plan import Plan
+from l2c.profile import Profile
 from l2c.reuse import Reuse
 from l2c.router import Router, within
 from l2c.sampling import latent_shape, sample
@@ -114,8 +115,6 @@ class TrajectoryTraining(L.LightningModule):
         self.measure = measure or []
         self.costs: Sites = self.sites
         if profile is not None:
-            from l2c.profile import Profile
-
             self.costs = Profile.load(profile).sites(self.sites)
         self.objective = objective or Trajectory()
         self.streams = self.objective.streams
@@ -274,18 +273,17 @@ class TrajectoryTraining(L.LightningModule):
 
     @torch.no_grad()
     def _search(self, batch: Batch) -> None:
-        rows = self.rows
         tried = tqdm(desc="Searching for a start", unit="plan", leave=False)
 
         def error(chosen: list[int]) -> float:
-            compute = torch.zeros(rows, len(self.sites))
+            compute = torch.zeros(self.rows, len(self.sites))
             compute[chosen] = 1
             tried.update()
             return float(self._error(batch, compute))
 
-        chosen = searched(self._uniform(), rows, error, self.streams, tried.set_postfix_str)
+        chosen = searched(self._uniform(), self.rows, error, self.streams, tried.set_postfix_str)
         tried.close()
-        self.gates.restart(logits(chosen, rows, self.sites, self.streams))
+        self.gates.restart(logits(chosen, self.rows, self.sites, self.streams))
 
     def _error(self, batch: Batch, compute: Tensor) -> Tensor:
         """Squared error of the student's final samples by a table of gates."""
@@ -307,10 +305,11 @@ class TrajectoryTraining(L.LightningModule):
         self._check(batch)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()
-        weights, lazy = self._weights()
+        drawn = self._drawn()
+        weights, lazy = self._weights(drawn)
         plan = (self.frozen.model, self.schedule, batch, weights, self.predictions.numbers)
         history, error = self.predictions.rule.order + 1, torch.zeros((), device=self.device)
-        evaluations = len(self.schedule) * (self._drawn().share if lazy else 1.0)
+        evaluations = len(self.schedule) * (drawn.share if lazy else 1.0)
         if self.objective.loss == "final":
             final = self.objective.student(*plan, history, lazy)
             error = (final - batch["latents"]).square().mean()
@@ -331,9 +330,9 @@ class TrajectoryTraining(L.LightningModule):
         self.seconds += time.perf_counter() - begun
         self.log("train/error", error.detach(), prog_bar=True)
 
-    def _weights(self) -> tuple[Weights, bool]:
-        """The gates of each evaluation, and whether what is reused need not be computed."""
-        compute = torch.tensor(self._drawn().compute, device=self.device)
+    def _weights(self, drawn: Plan) -> tuple[Weights, bool]:
+        """The gates of each row of a plan, and whether what is reused need not be computed."""
+        compute = torch.tensor(drawn.compute, device=self.device)
         if not self.training_gates or not self.gates.logits.requires_grad:
             hard = compute.float()
             return (lambda row: hard[row] if row >= self.streams else None), True
